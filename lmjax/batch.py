@@ -1,0 +1,80 @@
+"""The batch of token sequences that a policy reads and that terms are computed on."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+Array = Any  # a NumPy array in a data pipeline, a JAX array or tracer in a step
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Token sequences with every mask explicit.
+
+    Attributes:
+      tokens: int32 [B, T], the input ids.
+      targets: int32 [B, T], the id that should follow each position.
+      mask: float32 [B, T], the loss weight of each target; 0 leaves it out. Never inferred from a pad id.
+      segments: int32 [B, T], the number of the document within its row, from 1; 0 is padding. Attention never
+        crosses from one segment into another.
+      positions: int32 [B, T], the position of each token within its document.
+      temperature: float32 [B] or None. Logits are divided by it wherever log-probabilities are taken, in every
+        role, so that a sampler, its policy and its reference can never disagree on it.
+    """
+
+    tokens: Array
+    targets: Array
+    mask: Array
+    segments: Array
+    positions: Array
+    temperature: Array | None = None
+
+
+def positions_within_segments(segments_BT: np.ndarray) -> np.ndarray:
+    """Positions that restart at 0 wherever the segment number changes. int32 [B, T].
+
+    >>> positions_within_segments(np.array([[1, 1, 2, 2, 2, 0]])).tolist()
+    [[0, 1, 0, 1, 2, 0]]
+    """
+    segments_BT = np.asarray(segments_BT)
+    index_T = np.arange(segments_BT.shape[-1])
+    starts = np.ones(segments_BT.shape, bool)
+    starts[..., 1:] = segments_BT[..., 1:] != segments_BT[..., :-1]
+    last_start = np.maximum.accumulate(np.where(starts, index_T, 0), axis=-1)
+    return (index_T - last_start).astype(np.int32)
+
+
+def next_token_batch(ids: np.ndarray, segments: np.ndarray | None = None, mask: np.ndarray | None = None) -> Batch:
+    """The language-modelling batch of rows of ids: each position predicts the next one.
+
+    Args:
+      ids: int [B, T+1].
+      segments: int [B, T+1] or None for one document a row; 0 marks padding.
+      mask: [B, T+1] weight of each id as a target (its first column is unused), or None for all ones.
+
+    Returns:
+      A `Batch` with [B, T] NumPy leaves. A target counts only if it lies in the segment of its input: the last
+      token of a document does not predict the first of the next one.
+
+    >>> b = next_token_batch(np.array([[5, 6, 7, 8]]), segments=np.array([[1, 1, 2, 2]]))
+    >>> b.tokens.tolist(), b.targets.tolist(), b.mask.tolist()
+    ([[5, 6, 7]], [[6, 7, 8]], [[1.0, 0.0, 1.0]])
+    """
+    ids = np.asarray(ids, np.int32)
+    segments = np.ones_like(ids) if segments is None else np.asarray(segments, np.int32)
+    inside = (segments[:, :-1] == segments[:, 1:]) & (segments[:, :-1] > 0)
+    weight = inside.astype(np.float32)
+    if mask is not None:
+        weight = weight * np.asarray(mask, np.float32)[:, 1:]
+    return Batch(
+        tokens=ids[:, :-1],
+        targets=ids[:, 1:],
+        mask=weight,
+        segments=segments[:, :-1],
+        positions=positions_within_segments(segments[:, :-1]),
+    )
