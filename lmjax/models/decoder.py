@@ -1,0 +1,284 @@
+"""The decoder transformer: embeddings, layers (unrolled or scanned), final norm, head."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lmjax.errors import UserError
+from lmjax.models import layout
+from lmjax.modules.attention import Cache, Context, attention_mask
+from lmjax.modules.block import Block, norm_like
+from lmjax.modules.config import DecoderConfig
+from lmjax.modules.mlp import initial_std
+from lmjax.modules.positions import rope_table
+
+Variables = dict[str, Any]
+
+
+class Head(NamedTuple):
+    """How logits come from hidden states: `softcap(scale * (hidden @ weight.T + bias))`.
+
+    Attributes:
+      weight: [V, D], or None where hidden states are logits already.
+      bias: [V] or None.
+      softcap: c of `c tanh(x / c)`, or None.
+      scale: multiplies before the softcap.
+      dtype: type of the operands of the product; sums and everything after are float32.
+    """
+
+    weight: jax.Array | None
+    bias: jax.Array | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+    dtype: Any = jnp.float32
+
+
+class ModelOutputs(NamedTuple):
+    """What a model hands its policy.
+
+    Attributes:
+      hidden: [B, T, D], after the final norm.
+      aux: named scalars a layer wants trained on (router losses); empty for dense models.
+      cache: the updated cache, or None.
+    """
+
+    hidden: jax.Array
+    aux: dict[str, jax.Array]
+    cache: Any = None
+
+
+# Leaf path (without its collection and layer) -> logical axes. The table of a model beside its code.
+LOGICAL_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"embed/embedding", ("vocab", "embed")),
+    (r"head/embedding", ("vocab", "embed")),
+    (r"position/embedding", ("positions", "embed")),
+    (r"attention/query/kernel", ("embed", "heads")),
+    (r"attention/(key|value)/kernel", ("embed", "kv_heads")),
+    (r"attention/query/bias", ("heads",)),
+    (r"attention/(key|value)/bias", ("kv_heads",)),
+    (r"attention/output/kernel", ("heads", "embed")),
+    (r"attention/output/bias", ("norm",)),
+    (r"attention/(query|key)_norm/scale", ("norm",)),
+    (r"mlp/(gate|up)/kernel", ("embed", "mlp")),
+    (r"mlp/(gate|up)/bias", ("mlp",)),
+    (r"mlp/down/kernel", ("mlp", "embed")),
+    (r"mlp/down/bias", ("norm",)),
+    (r"\w*norm/(scale|bias)", ("norm",)),
+)
+
+REMAT: dict[str, Callable[..., Any]] = {
+    "none": lambda layer: layer,
+    "attention": lambda layer: layer,  # inside the attention module
+    "dots": functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable),
+    "full": jax.checkpoint,
+}
+
+
+class Decoder:
+    """A decoder-only transformer as pure functions of its variables. See `DecoderConfig`."""
+
+    def __init__(self, config: DecoderConfig):
+        self.config = config
+
+    def init(self, key: jax.Array) -> Variables:
+        """Fresh variables: `{"params": nested dict of float32 arrays}`, the same numbers in either layout."""
+        config = self.config
+        embed_key, position_key, head_key, layers_key = jax.random.split(key, 4)
+        normal = jax.nn.initializers.normal(initial_std(config))
+        params: dict[str, Any] = {
+            "embed": {"embedding": normal(embed_key, (config.vocab_size, config.embed_dim), jnp.float32)}
+        }
+        if config.position == "learned":
+            params["position"] = {"embedding": normal(position_key, (config.max_length, config.embed_dim), jnp.float32)}
+        if not config.tied_embeddings:
+            params["head"] = {"embedding": normal(head_key, (config.vocab_size, config.embed_dim), jnp.float32)}
+        if config.norm_position != "post":
+            params["final_norm"] = self._final_norm().init(key, jnp.zeros((1, config.embed_dim)))["params"]
+
+        ones = jnp.ones((1, 1), jnp.int32)
+        context = self._contexts(ones, ones * 0, ones, ones * 0)[0]
+        hidden = jnp.zeros((1, config.embed_dim), jnp.dtype(config.dtype))
+
+        def init_layer(layer_key: jax.Array) -> Any:
+            return Block(config).init(layer_key, hidden, context)["params"]
+
+        keys = jax.vmap(functools.partial(jax.random.fold_in, layers_key))(jnp.arange(config.num_layers))
+        layers = jax.vmap(init_layer)(keys)
+        params[layout.STACKED] = layers
+        variables = {"params": params}
+        return variables if config.scanned else layout.unstack_layers(variables)
+
+    def init_cache(self, batch_size: int, length: int) -> Variables:
+        """An empty key/value cache for `length` tokens a row, as the "cache" collection of the variables."""
+        config = self.config
+        shape = (batch_size, length, config.kv_heads, config.head_width)
+        empty = {"key": jnp.zeros(shape, jnp.dtype(config.dtype)), "value": jnp.zeros(shape, jnp.dtype(config.dtype))}
+        cache: dict[str, Any] = {
+            "segments": jnp.full((batch_size, length), -1, jnp.int32),  # -1: nothing written, seen by nobody
+            "positions": jnp.zeros((batch_size, length), jnp.int32),
+            "index": jnp.zeros((), jnp.int32),
+        }
+        for index in range(config.num_layers):
+            cache[layout.layer_name(index)] = jax.tree.map(jnp.copy, empty)
+        return layout.stack_layers(cache) if config.scanned else cache
+
+    def apply(
+        self,
+        variables: Variables,
+        tokens_BT: jax.Array,
+        segments_BT: jax.Array,
+        positions_BT: jax.Array,
+        *,
+        rng: jax.Array | None = None,
+        train: bool = False,
+    ) -> ModelOutputs:
+        """Hidden states of every token, and the updated cache if the variables hold one.
+
+        Raises:
+          UserError: dropout without an `rng`, or more tokens than learned positions.
+        """
+        config = self.config
+        self._check_length(tokens_BT.shape[1])
+        dropping = train and config.dropout > 0
+        if dropping and rng is None:
+            raise UserError("this model has dropout: training needs an rng; pass policy(..., rng=key, train=True).")
+        params = variables["params"]
+        cache = variables.get("cache")
+        x_BTD = jnp.take(params["embed"]["embedding"], tokens_BT, axis=0).astype(jnp.dtype(config.dtype))
+        if config.embed_scale != 1.0:
+            x_BTD = x_BTD * jnp.asarray(config.embed_scale, x_BTD.dtype)
+        if config.position == "learned":
+            x_BTD = x_BTD + jnp.take(params["position"]["embedding"], positions_BT, axis=0).astype(x_BTD.dtype)
+        B, T, D = x_BTD.shape
+        x_ND = x_BTD.reshape(B * T, D)
+        if dropping:
+            keep = jax.random.bernoulli(jax.random.fold_in(rng, config.num_layers), 1 - config.dropout, x_ND.shape)
+            x_ND = jnp.where(keep, x_ND / (1 - config.dropout), 0).astype(x_ND.dtype)
+
+        if cache is None:
+            contexts = self._contexts(segments_BT, positions_BT, segments_BT, positions_BT)
+        else:
+            start = (0, cache["index"])
+            key_segments = jax.lax.dynamic_update_slice(cache["segments"], segments_BT, start)
+            key_positions = jax.lax.dynamic_update_slice(cache["positions"], positions_BT, start)
+            contexts = self._contexts(segments_BT, positions_BT, key_segments, key_positions, cache["index"])
+        x_ND, layer_caches = self._layers(variables, cache, x_ND, contexts, rng if dropping else None)
+        if cache is not None:
+            cache = layer_caches | {
+                "segments": key_segments,
+                "positions": key_positions,
+                "index": cache["index"] + T,
+            }
+        if config.norm_position != "post":
+            x_ND = self._final_norm().apply({"params": params["final_norm"]}, x_ND)
+        return ModelOutputs(x_ND.reshape(B, T, D), {}, cache)
+
+    def head(self, variables: Variables) -> Head:
+        """The map from hidden states to logits."""
+        config = self.config
+        weight = variables["params"]["embed" if config.tied_embeddings else "head"]["embedding"]
+        return Head(weight, None, config.logit_softcap, config.logit_scale, jnp.dtype(config.dtype))
+
+    def logical_axes(self, variables: Variables) -> Variables:
+        """The logical axis names of every leaf, in a tree of the same structure."""
+
+        def axes(path: tuple[Any, ...], leaf: Any) -> tuple[str | None, ...]:
+            names = [entry.key for entry in path[1:]]
+            stacked = layout.STACKED in names
+            short = "/".join(n for n in names if n != layout.STACKED and not re.fullmatch(r"layer_\d+", n))
+            for pattern, found in LOGICAL_AXES:
+                if re.fullmatch(pattern, short):
+                    return ("layers", *found) if stacked else found
+            raise UserError(f"no rule names the axes of {'/'.join(names)} {leaf.shape}; add it to LOGICAL_AXES.")
+
+        return jax.tree_util.tree_map_with_path(axes, variables)
+
+    @property
+    def units(self) -> dict[str, int]:
+        """How many indivisible units a logical axis holds, where that is not its size: whole heads."""
+        return {"heads": self.config.num_heads, "kv_heads": self.config.kv_heads}
+
+    def _check_length(self, length: int) -> None:
+        if self.config.position == "learned" and length > self.config.max_length:
+            raise UserError(
+                f"a sequence of {length} tokens does not fit {self.config.max_length} learned positions; "
+                "shorten it or raise max_length."
+            )
+
+    def _final_norm(self) -> Any:
+        return norm_like(self.config, None)  # type: ignore[arg-type]
+
+    def _contexts(
+        self,
+        query_segments: jax.Array,
+        query_positions: jax.Array,
+        key_segments: jax.Array,
+        key_positions: jax.Array,
+        write_index: jax.Array | None = None,
+    ) -> tuple[Context, Context | None]:
+        """Mask and rotations of full layers, and of windowed layers where there are any."""
+        config = self.config
+
+        def context(window: int | None, theta: float, scaling: Any) -> Context:
+            mask = attention_mask(query_segments, query_positions, key_segments, key_positions, window)
+            rotary = config.position == "rope"
+            rope = rope_table(query_positions, config.head_width, theta, scaling) if rotary else None
+            return Context(mask, rope, write_index)
+
+        full = context(None, config.rope_theta, config.rope_scaling)
+        if config.window is None:
+            return full, None
+        if config.local_rope_theta is None:
+            return full, context(config.window, config.rope_theta, config.rope_scaling)
+        return full, context(config.window, config.local_rope_theta, None)
+
+    def _layers(
+        self,
+        variables: Variables,
+        cache: Variables | None,
+        x_ND: jax.Array,
+        contexts: tuple[Context, Context | None],
+        rng: jax.Array | None,
+    ) -> tuple[jax.Array, Variables]:
+        config = self.config
+        full, local = contexts
+
+        def layer(
+            x_ND: jax.Array, own: Variables, layer_cache: Cache | None, context: Context, index: jax.Array | int
+        ) -> tuple[jax.Array, Cache | None]:
+            rngs = None if rng is None else {"dropout": jax.random.fold_in(rng, index)}
+            return Block(config).apply(own, x_ND, context, layer_cache, rng is not None, rngs=rngs)
+
+        layer = REMAT[config.remat](layer)
+        collections = {name: tree for name, tree in variables.items() if name != "cache"}
+        if not config.scanned:
+            caches = {}
+            for index in range(config.num_layers):
+                name = layout.layer_name(index)
+                own = {c: tree[name] for c, tree in collections.items() if name in tree}
+                context = local if local is not None and config.windowed(index) else full
+                x_ND, caches[name] = layer(x_ND, own, cache and cache[name], context, index)
+            return x_ND, caches
+
+        own = {c: tree[layout.STACKED] for c, tree in collections.items() if layout.STACKED in tree}
+        windowed = jnp.asarray([config.windowed(index) for index in range(config.num_layers)])
+
+        def body(x_ND: jax.Array, xs: tuple[Any, ...]) -> tuple[jax.Array, Cache | None]:
+            own, layer_cache, use_window, index = xs
+            context = full
+            if local is not None:
+                pick = functools.partial(jnp.where, use_window)
+                context = full._replace(
+                    mask=pick(local.mask, full.mask), rope=jax.tree.map(pick, local.rope, full.rope)
+                )
+            return layer(x_ND, own, layer_cache, context, index)
+
+        xs = (own, cache and cache[layout.STACKED], windowed, jnp.arange(config.num_layers))
+        x_ND, caches = jax.lax.scan(body, x_ND, xs)
+        return x_ND, {layout.STACKED: caches}

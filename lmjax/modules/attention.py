@@ -1,0 +1,145 @@
+"""Multi-head, grouped-query and multi-query self-attention: one code path, 1 to H key/value heads."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lmjax.errors import UserError
+from lmjax.modules.config import DecoderConfig
+from lmjax.modules.dense import Dense
+from lmjax.modules.mlp import initial_std, output_std
+from lmjax.modules.norms import Norm
+from lmjax.modules.positions import apply_rope
+
+Cache = dict[str, jax.Array]  # {"key": [B, S, KV, K], "value": [B, S, KV, K]}
+
+
+class Context(NamedTuple):
+    """What every layer of a kind shares in one forward.
+
+    Attributes:
+      mask: bool [B, 1, T, S], True where a query may see a key.
+      rope: cos and sin, or None without rotary positions.
+      write_index: int32 [], the slot of the cache that the first of the T tokens goes to; None without a cache.
+    """
+
+    mask: jax.Array
+    rope: tuple[jax.Array, jax.Array] | None
+    write_index: jax.Array | None = None
+
+
+def attention_mask(
+    query_segments: jax.Array,
+    query_positions: jax.Array,
+    key_segments: jax.Array,
+    key_positions: jax.Array,
+    window: int | None = None,
+) -> jax.Array:
+    """Who sees whom: keys of the same segment, at the same position or before, within the window. bool [B, 1, T, S].
+
+    Padding (segment 0) sees padding only, so no row is ever fully masked (softmax would silently average all values).
+    """
+    ahead = query_positions[:, :, None] - key_positions[:, None, :]
+    mask = (query_segments[:, :, None] == key_segments[:, None, :]) & (ahead >= 0)
+    if window is not None:
+        mask &= ahead < window
+    return mask[:, None]
+
+
+def implementation(config: DecoderConfig, backend: str) -> tuple[str, str]:
+    """The attention kernel this config gets on a backend, and why, for the plan.
+
+    cuDNN takes 16-bit types, head widths that are multiples of 8 up to 256, and no softcap of scores.
+    """
+    if config.attention == "xla":
+        return "xla", "chosen in the config"
+    obstacles = [
+        reason
+        for reason, holds in {
+            f"backend is {backend}, not an NVIDIA GPU": backend not in ("gpu", "cuda"),
+            "dtype is float32": config.dtype == "float32",
+            f"head width {config.head_width} is not a multiple of 8 up to 256": config.head_width % 8 != 0
+            or config.head_width > 256,
+            "scores have a softcap": config.attention_softcap is not None,
+        }.items()
+        if holds
+    ]
+    if not obstacles:
+        return "cudnn", "shapes and types allow it"
+    if config.attention == "cudnn":
+        raise UserError(f"attention='cudnn' cannot serve this model: {'; '.join(obstacles)}. Use attention='auto'.")
+    return "xla", "; ".join(obstacles)
+
+
+def _softcapped_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, scale: float, softcap: float
+) -> jax.Array:
+    """Attention whose scores pass through `c tanh(x / c)`, which `jax.nn.dot_product_attention` does not offer."""
+    B, T, H, K = query.shape
+    groups = key.shape[2]
+    query = (query * scale).reshape(B, T, groups, H // groups, K)
+    scores = jnp.einsum("btghk,bsgk->bghts", query, key, preferred_element_type=jnp.float32)
+    scores = softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bghts,bsgk->btghk", weights, value).reshape(B, T, H, K)
+
+
+class Attention(nn.Module):
+    """Causal self-attention. Reads and writes flattened activations [B*T, D]; heads exist only inside.
+
+    Attributes:
+      config: the decoder's.
+    """
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x_ND: jax.Array, context: Context, cache: Cache | None = None) -> tuple[jax.Array, Cache | None]:
+        config = self.config
+        H, KV, K = config.num_heads, config.kv_heads, config.head_width
+        B, T = context.mask.shape[0], context.mask.shape[2]
+        dense = functools.partial(
+            Dense, use_bias=config.qkv_bias, init_std=initial_std(config), dtype=config.dtype
+        )
+        query = dense(H * K, name="query")(x_ND).reshape(B, T, H, K)
+        key = dense(KV * K, name="key")(x_ND).reshape(B, T, KV, K)
+        value = dense(KV * K, name="value")(x_ND).reshape(B, T, KV, K)
+        if config.qk_norm:
+            norm = functools.partial(Norm, "rms", config.norm_eps, unit_offset=config.norm_unit_offset)
+            query, key = norm(name="query_norm")(query), norm(name="key_norm")(key)
+        if context.rope is not None:
+            query, key = apply_rope(query, context.rope), apply_rope(key, context.rope)
+        if cache is not None:
+            start = (0, context.write_index, 0, 0)
+            key = jax.lax.dynamic_update_slice(cache["key"], key.astype(cache["key"].dtype), start)
+            value = jax.lax.dynamic_update_slice(cache["value"], value.astype(cache["value"].dtype), start)
+            cache = {"key": key, "value": value}
+            key, value = key.astype(query.dtype), value.astype(query.dtype)
+        attended = self._attend(query, key, value, context.mask)
+        output = Dense(
+            config.embed_dim, config.output_bias, output_std(config), config.dtype, name="output"
+        )(attended.reshape(B * T, H * K))
+        return output, cache
+
+    def _attend(self, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+        config = self.config
+        scale = config.head_width**-0.5 if config.query_scale is None else config.query_scale
+        if config.attention_softcap is not None:
+            attend: Any = functools.partial(_softcapped_attention, scale=scale, softcap=config.attention_softcap)
+        else:
+            kernel, _ = implementation(config, jax.default_backend())
+
+            def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+                return jax.nn.dot_product_attention(
+                    query, key, value, mask=mask, scale=scale, implementation=kernel  # type: ignore[arg-type]
+                )
+
+        if config.remat == "attention":
+            attend = jax.checkpoint(attend)
+        return attend(query, key, value, mask)

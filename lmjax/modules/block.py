@@ -1,0 +1,51 @@
+"""One transformer layer: attention and MLP, each added to the residual stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+
+from lmjax.modules.attention import Attention, Cache, Context
+from lmjax.modules.config import DecoderConfig
+from lmjax.modules.mlp import MLP
+from lmjax.modules.norms import Norm
+
+
+def norm_like(config: DecoderConfig, name: str) -> Norm:
+    """The norm this config names."""
+    return Norm(config.norm, config.norm_eps, config.norm_bias, config.norm_unit_offset, name=name)
+
+
+class Block(nn.Module):
+    """[N, D] -> [N, D], with norms before ("pre"), after the sum ("post") or on both sides ("sandwich")."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(
+        self, x_ND: jax.Array, context: Context, cache: Cache | None = None, train: bool = False
+    ) -> tuple[jax.Array, Cache | None]:
+        dropout = nn.Dropout(self.config.dropout, deterministic=not train)
+        attention = Attention(self.config, name="attention")
+
+        def attend(y_ND: jax.Array) -> jax.Array:
+            nonlocal cache
+            y_ND, cache = attention(y_ND, context, cache)
+            return y_ND
+
+        x_ND = self._residual("attention", attend, x_ND, dropout)
+        x_ND = self._residual("mlp", MLP(self.config, name="mlp"), x_ND, dropout)
+        return x_ND, cache
+
+    def _residual(
+        self, name: str, sublayer: Callable[[jax.Array], jax.Array], x_ND: jax.Array, dropout: nn.Module
+    ) -> jax.Array:
+        norm, place = norm_like(self.config, f"{name}_norm"), self.config.norm_position
+        if place == "post":
+            return norm(x_ND + dropout(sublayer(x_ND)))
+        y_ND = sublayer(norm(x_ND))
+        if place == "sandwich":
+            y_ND = norm_like(self.config, f"{name}_post_norm")(y_ND)
+        return x_ND + dropout(y_ND)
