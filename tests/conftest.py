@@ -1,6 +1,6 @@
 """Eight CPU devices, a compilation cache that survives the run, and the fixtures that every room shares.
 
-The settings are environment variables, set before jax is imported, so that subprocesses started by tests have them too.
+The settings are environment variables, set before jax is imported, so that subprocesses have them too.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ AXES = ("data", "fsdp", "tensor")
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """How many devices lie along each mesh axis; one of the three may be -1, which takes all that are left."""
+    """How many devices lie along each mesh axis; one of them may be -1, which takes all that are left."""
 
     data: int = -1
     "Copies of the parameters that split the batch."
@@ -24,7 +24,7 @@ class MeshShape:
         sizes = dataclasses.asdict(self)
         for axis, size in sizes.items():
             if size < 1 and size != -1:
-                raise UserError(f"mesh axis {axis}={size} must be at least 1, or -1 to take the devices that are left")
+                raise UserError(f"mesh axis {axis}={size} must be at least 1, or -1 for all devices left")
         if list(sizes.values()).count(-1) > 1:
             raise UserError(f"only one mesh axis may be -1, here are {_written(sizes)}")
 
@@ -44,14 +44,14 @@ class MeshShape:
         if -1 in sizes.values():
             if device_count % product:
                 raise UserError(
-                    f"a mesh of {_written(sizes)} cannot be filled: {device_count} devices are not a multiple of "
-                    f"{product}; choose sizes whose product divides {device_count}"
+                    f"a mesh of {_written(sizes)} does not fit: {device_count} devices are not a multiple "
+                    f"of {product}; choose sizes whose product divides {device_count}"
                 )
             sizes = {axis: device_count // product if size == -1 else size for axis, size in sizes.items()}
         elif product != device_count:
             raise UserError(
-                f"a mesh of {_written(sizes)} needs {product} devices, here are {device_count}; choose sizes whose "
-                f"product is {device_count}, or set one of them to -1"
+                f"a mesh of {_written(sizes)} needs {product} devices, here are {device_count}; choose sizes "
+                f"whose product is {device_count}, or set one of them to -1"
             )
         return sizes["data"], sizes["fsdp"], sizes["tensor"]
 

@@ -15,11 +15,13 @@ from lmjax.sharding.config import AXES, MeshShape
 from lmjax.sharding.rules import DEFAULT_RULES, Rules, mesh_axes
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """A mesh with the axes data, fsdp, tensor over all devices, or over those given.
 
-    One of the sizes may be -1 and takes the devices that are left. Neighbouring devices differ in `tensor` first,
-    the axis that talks most.
+    One of the sizes may be -1 and takes the devices that are left. Neighbouring devices differ in `tensor`
+    first, the axis that talks most.
 
     Raises:
       UserError: where the product of the sizes is not the number of devices.
@@ -49,21 +51,16 @@ def check_batch_size(rows: int, mesh: Mesh, rules: Rules = DEFAULT_RULES, *, mic
     """
     if microbatches < 1:
         raise UserError(f"microbatches={microbatches} must be at least 1")
-    shares = _shares(mesh, rules)
-    whole = shares * microbatches
-    if rows < 1 or rows % whole:
-        split = _split(mesh, rules) + (f" × microbatches={microbatches}" if microbatches > 1 else "")
-        raise UserError(
-            f"a batch of {rows} rows does not split evenly over {split} = {whole}; use {_nearest(rows, whole)} rows, "
-            "or a smaller mesh" + (" or fewer microbatches" if microbatches > 1 else "")
-        )
+    if rows < 1 or rows % (_shares(mesh, rules) * microbatches):
+        raise UserError(_uneven(rows, mesh, rules, microbatches))
 
 
 def shard_batch(batch: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
     """Puts a batch on the mesh: rows split over the batch axes, whole along tensor.
 
     Args:
-      batch: any pytree of arrays [rows, ...], the rows of this process; scalars are replicated, None stays None.
+      batch: any pytree of arrays [rows, ...], the rows of this process; scalars are replicated, None
+        stays None.
       mesh: the mesh.
       rules: the rules, of which "batch" is read.
 
@@ -79,11 +76,7 @@ def shard_batch(batch: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
     def put(leaf: Any) -> jax.Array:
         sharding = rows_sharding if np.ndim(leaf) else whole
         if np.ndim(leaf) and np.shape(leaf)[0] % shares:
-            rows = np.shape(leaf)[0]
-            raise UserError(
-                f"a batch of {rows} rows does not split evenly over {_split(mesh.local_mesh, rules)} = {shares}; use "
-                f"{_nearest(rows, shares)} rows, or a smaller mesh"
-            )
+            raise UserError(_uneven(np.shape(leaf)[0], mesh.local_mesh, rules))
         if isinstance(leaf, jax.Array):
             return jax.device_put(leaf, sharding)
         return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
@@ -95,11 +88,14 @@ def _shares(mesh: Mesh, rules: Rules) -> int:
     return math.prod(mesh.shape[axis] for axis in mesh_axes(rules, "batch"))
 
 
-def _split(mesh: Mesh, rules: Rules) -> str:
-    return " × ".join(f"{axis}={mesh.shape[axis]}" for axis in mesh_axes(rules, "batch"))
-
-
-def _nearest(size: int, whole: int) -> str:
-    """The multiples of `whole` on both sides of a size that is none."""
-    below = size // whole * whole
-    return f"{below} or {below + whole}" if below else str(whole)
+def _uneven(rows: int, mesh: Mesh, rules: Rules, microbatches: int = 1) -> str:
+    parts = {axis: mesh.shape[axis] for axis in mesh_axes(rules, "batch")}
+    if microbatches > 1:
+        parts["microbatches"] = microbatches
+    split, whole = " × ".join(f"{name}={size}" for name, size in parts.items()), math.prod(parts.values())
+    below = rows // whole * whole
+    fitting = f"{below} or {below + whole}" if below else str(whole)
+    mend = "a smaller mesh" + (" or fewer microbatches" if microbatches > 1 else "")
+    return (
+        f"a batch of {rows} rows does not split evenly over {split} = {whole}; use {fitting} rows, or {mend}"
+    )

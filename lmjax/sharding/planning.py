@@ -66,7 +66,14 @@ class Plan:
         """The plan as text: a line a leaf, then the totals and the notes."""
         head = ("leaf", "shape", "dtype", "logical axes", "spec", "bytes a device")
         lines = [
-            (row.leaf, _tuple(row.shape), row.dtype, _tuple(row.axes), _tuple(row.spec), f"{row.bytes_per_device:,}")
+            (
+                row.leaf,
+                _tuple(row.shape),
+                row.dtype,
+                _tuple(row.axes),
+                _tuple(row.spec),
+                f"{row.bytes_per_device:,}",
+            )
             for row in self.rows
         ]
         widths = [max(map(len, column)) for column in zip(head, *lines)]
@@ -97,19 +104,20 @@ def plan(
       shapes: nested dict whose leaves have `.shape` and `.dtype` (arrays, or the output of `jax.eval_shape`).
       logical_axes: the same dict with, for each leaf, a tuple of one logical axis name (or None) a dimension.
       rules: the table from logical axes to mesh axes.
-      units: for a logical axis whose dimension holds several units side by side, how many: a projection to `heads` is
-        [embed, heads · head width], and the heads are what must divide. Key/value heads fewer than the devices of
-        their mesh axis are replicated when they divide it, and the plan notes it.
+      units: for a logical axis whose dimension holds several units side by side, how many: a projection to
+        `heads` is [embed, heads · head width], and the heads are what must divide. Key/value heads fewer than
+        the devices of their mesh axis are replicated when they divide it, and the plan notes it.
 
     Raises:
-      UserError: a leaf without axes or axes without a leaf; an axis that no rule names; a rule that names no mesh
-        axis; one mesh axis for two dimensions of a leaf; a size or a number of heads that does not divide.
+      UserError: a leaf without axes or axes without a leaf; an axis that no rule names; a rule that names no
+        mesh axis; one mesh axis for two dimensions of a leaf; a size or a number of heads that does not
+        divide.
     """
     for name, _ in rules:
         for axis in mesh_axes(rules, name):
             if axis not in mesh.shape:
                 known = ", ".join(mesh.shape)
-                raise UserError(f"the sharding rule of {name!r} names the mesh axis {axis!r}, the mesh has: {known}")
+                raise UserError(f"the rule of {name!r} names mesh axis {axis!r}; the mesh has {known}")
     rules, notes = _fit_units(mesh, tuple((name, target) for name, target in rules), units or {})
     rows: list[LeafPlan] = []
 
@@ -133,7 +141,9 @@ def plan(
 def bytes_per_device(shapes: Any, shardings: Any) -> int:
     """The bytes that one device holds of a tree of shapes under a tree of shardings of the same structure."""
     sizes = jax.tree.map(
-        lambda leaf, sharding: math.prod(sharding.shard_shape(tuple(leaf.shape))) * np.dtype(leaf.dtype).itemsize,
+        lambda leaf, sharding: (
+            math.prod(sharding.shard_shape(tuple(leaf.shape))) * np.dtype(leaf.dtype).itemsize
+        ),
         shapes,
         shardings,
     )
@@ -156,8 +166,8 @@ def _fit_units(
             notes.append(f"{count} {words} are fewer than {on}={size}: each device holds all of them")
             continue
         raise UserError(
-            f"{count} {words} do not divide over the mesh axis {on}={size}; use a mesh whose {on} divides {count}, or "
-            f"a model with {_fitting(count, size)} {words}"
+            f"{count} {words} do not divide over the mesh axis {on}={size}; use a mesh whose {on} divides "
+            f"{count}, or a model with {_fitting(count, size)} {words}"
         )
     return rules, tuple(notes)
 
@@ -166,9 +176,11 @@ def _spec(
     mesh: Mesh, rules: Rules, leaf: str, shape: tuple[int, ...], axes: Any, units: Mapping[str, int]
 ) -> PartitionSpec:
     if not isinstance(axes, tuple):
-        raise UserError(f"the logical axes of {leaf} are {axes!r}; give a tuple with one name or None a dimension")
+        raise UserError(
+            f"the logical axes of {leaf} are {axes!r}; give a tuple, one name or None a dimension"
+        )
     if len(axes) != len(shape):
-        raise UserError(f"{leaf} has shape {shape} and logical axes {axes}; give one name or None a dimension")
+        raise UserError(f"{leaf} has shape {shape} and logical axes {axes}; give one name a dimension")
     taken: dict[str, str | None] = {}
     entries: list[MeshAxes] = []
     for size, axis in zip(shape, axes):
@@ -184,8 +196,9 @@ def _spec(
         if size % ways:
             on = "×".join(targets)
             raise UserError(
-                f"{leaf} with shape {shape}: its {axis!r} size {size} does not divide over the mesh axis {on}={ways}; "
-                f"use a mesh whose {on} divides {size}, or a model with {axis} {_fitting(size, ways)}"
+                f"{leaf} of shape {shape}: its {axis!r} size {size} does not divide over the mesh axis "
+                f"{on}={ways}; use a mesh whose {on} divides {size}, "
+                f"or a model with {axis} {_fitting(size, ways)}"
             )
         entries.append(targets[0] if len(targets) == 1 else targets or None)
     return PartitionSpec(*entries)
@@ -194,14 +207,18 @@ def _spec(
 def _check_keys(path: tuple[str, ...], shapes: Mapping, axes: Any) -> None:
     where = "/".join(path) or "the tree"
     if not isinstance(axes, Mapping):
-        raise UserError(f"{where} is a dict of arrays, its logical axes are {axes!r}; give a dict with the same keys")
+        raise UserError(
+            f"{where} is a dict of arrays, its logical axes are {axes!r}; give a dict of the same keys"
+        )
     for key in shapes:
         if key not in axes:
             leaf = "/".join((*path, str(key)))
             raise UserError(f"{leaf} has no logical axes; give a tuple with one name or None a dimension")
     for key in axes:
         if key not in shapes:
-            raise UserError(f"the logical axes name {'/'.join((*path, str(key)))}, which is not among the variables")
+            raise UserError(
+                f"the logical axes name {'/'.join((*path, str(key)))}, which is not among the variables"
+            )
 
 
 def _fitting(size: int, ways: int) -> str:

@@ -9,8 +9,8 @@ from lmjax.errors import UserError
 MeshAxes = str | tuple[str, ...] | None
 Rules = Sequence[tuple[str, MeshAxes]]
 
-# Megatron's split of each block over `tensor` (Shoeybi et al. 2019: heads, MLP width and vocabulary, one all-reduce
-# a sublayer) and ZeRO-3's split of every matrix over `fsdp` (Rajbhandari et al. 2020). Vectors stay whole.
+# Megatron's split of each block over `tensor` (Shoeybi et al. 2019: heads, MLP width and vocabulary, one
+# all-reduce a sublayer) and ZeRO-3's split of every matrix over `fsdp` (Rajbhandari et al. 2020).
 DEFAULT_RULES: tuple[tuple[str, MeshAxes], ...] = (
     ("batch", ("data", "fsdp")),
     ("vocab", "tensor"),
@@ -41,5 +41,5 @@ def mesh_axes(rules: Rules, axis: str | None, leaf: str = "") -> tuple[str, ...]
     subject = f"the logical axis {axis!r}" + (f" of {leaf}" if leaf else "")
     known = ", ".join(sorted({name for name, _ in rules}))
     raise UserError(
-        f"no sharding rule names {subject} (they name: {known}); add ({axis!r}, mesh axis or None) to the rules"
+        f"no sharding rule names {subject} (they name: {known}); add ({axis!r}, a mesh axis or None)"
     )

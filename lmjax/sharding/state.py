@@ -13,9 +13,9 @@ from lmjax.sharding.mesh import replicated
 def optimizer_shardings(mesh: Mesh, opt_state_shapes: Any, param_shapes: Any, param_shardings: Any) -> Any:
     """The shardings of an optimizer's state, whatever optax transformations it is made of.
 
-    A leaf of the state whose path ends with the path of a parameter, and whose shape is that parameter's, is a moment
-    of it and takes its sharding. Every other leaf (counts, Adafactor's row and column statistics, scales) is
-    replicated: those are small.
+    A leaf of the state whose path ends with the path of a parameter, and whose shape is that parameter's, is
+    a moment of it and takes its sharding. Every other leaf (counts, Adafactor's row and column statistics,
+    scales) is replicated: those are small.
 
     Args:
       mesh: the mesh.

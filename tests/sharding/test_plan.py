@@ -23,7 +23,10 @@ def _shapes(kv_heads=KV_HEADS):
             "layers": {
                 "attention_norm": {"scale": _leaf(LAYERS, EMBED)},
                 "attention": {
-                    "query": {"kernel": _leaf(LAYERS, EMBED, HEADS * WIDTH), "bias": _leaf(LAYERS, HEADS * WIDTH)},
+                    "query": {
+                        "kernel": _leaf(LAYERS, EMBED, HEADS * WIDTH),
+                        "bias": _leaf(LAYERS, HEADS * WIDTH),
+                    },
                     "key": {"kernel": _leaf(LAYERS, EMBED, kv_heads * WIDTH, dtype=jnp.bfloat16)},
                     "output": {"kernel": _leaf(LAYERS, HEADS * WIDTH, EMBED)},
                 },
@@ -51,7 +54,9 @@ UNITS = {"heads": HEADS, "kv_heads": KV_HEADS}
 
 
 def _place(shapes, shardings):
-    return jax.tree.map(lambda leaf, place: jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), place), shapes, shardings)
+    return jax.tree.map(
+        lambda leaf, place: jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), place), shapes, shardings
+    )
 
 
 def test_specs_follow_the_rules(mesh):
@@ -80,7 +85,10 @@ def test_bytes_are_those_that_the_devices_hold(mesh):
 
 
 def test_bytes_by_hand(make_test_mesh):
-    shapes, axes = {"a": _leaf(64, 16), "b": _leaf(16, dtype=jnp.bfloat16)}, {"a": ("vocab", "embed"), "b": ("norm",)}
+    shapes, axes = (
+        {"a": _leaf(64, 16), "b": _leaf(16, dtype=jnp.bfloat16)},
+        {"a": ("vocab", "embed"), "b": ("norm",)},
+    )
     plan = sharding.plan(make_test_mesh((2, 2, 2)), shapes, axes)
     assert plan.bytes_per_device == 64 * 16 * 4 // 4 + 32
     assert plan.total_bytes == 64 * 16 * 4 + 32
@@ -103,7 +111,9 @@ def test_few_key_value_heads_are_replicated_and_said(make_test_mesh):
     plan = sharding.plan(make_test_mesh((1, 1, 8)), _shapes(2), AXES, units={"heads": 8, "kv_heads": 2})
     key = plan.shardings["params"]["layers"]["attention"]["key"]["kernel"]
     assert key.spec == P(None, "fsdp", None)
-    assert plan.shardings["params"]["layers"]["attention"]["query"]["kernel"].spec == P(None, "fsdp", "tensor")
+    assert plan.shardings["params"]["layers"]["attention"]["query"]["kernel"].spec == P(
+        None, "fsdp", "tensor"
+    )
     assert dict(plan.rules)["kv_heads"] is None
     assert plan.notes == ("2 key/value heads are fewer than tensor=8: each device holds all of them",)
     assert "note: 2 key/value heads" in plan.table()
@@ -166,7 +176,7 @@ def test_trees_that_differ(one_device_mesh, axes, words):
 
 
 def test_a_rule_for_an_axis_the_mesh_has_not(one_device_mesh):
-    with pytest.raises(UserError, match=r"rule of 'mlp' names the mesh axis 'expert'.*data, fsdp, tensor"):
+    with pytest.raises(UserError, match=r"rule of 'mlp' names mesh axis 'expert'.*data, fsdp, tensor"):
         sharding.plan(one_device_mesh, {}, {}, rules=(("mlp", "expert"),))
 
 

@@ -16,8 +16,14 @@ def _params():
     return {
         "params": {
             "embed": {"embedding": jnp.ones((VOCAB, EMBED))},
-            "layer_0": {"mlp": {"up": {"kernel": jnp.ones((EMBED, MLP))}}, "mlp_norm": {"scale": jnp.ones((EMBED,))}},
-            "layer_1": {"mlp": {"up": {"kernel": jnp.ones((EMBED, MLP))}}, "mlp_norm": {"scale": jnp.ones((EMBED,))}},
+            "layer_0": {
+                "mlp": {"up": {"kernel": jnp.ones((EMBED, MLP))}},
+                "mlp_norm": {"scale": jnp.ones((EMBED,))},
+            },
+            "layer_1": {
+                "mlp": {"up": {"kernel": jnp.ones((EMBED, MLP))}},
+                "mlp_norm": {"scale": jnp.ones((EMBED,))},
+            },
         }
     }
 
@@ -66,7 +72,9 @@ def test_moments_lie_with_their_parameters(name, mesh):
 
 def test_a_sharded_update_equals_the_plain_one(mesh):
     params, optimizer = _params(), OPTIMIZERS["adamw"]()
-    grads = jax.tree.map(lambda leaf: jnp.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape) - 7.0, params)
+    grads = jax.tree.map(
+        lambda leaf: jnp.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape) - 7.0, params
+    )
     places = sharding.plan(mesh, params, _axes()).shardings
     state_places = sharding.optimizer_shardings(mesh, jax.eval_shape(optimizer.init, params), params, places)
     placed, gradients = jax.device_put(params, places), jax.device_put(grads, places)
