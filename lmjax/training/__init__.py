@@ -1,0 +1,37 @@
+"""Training: state, step, loop, optimizers and schedules, checkpoints, metrics, the run directory."""
+
+from lmjax._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    submodules=(
+        "adafactor",
+        "checkpoint",
+        "config",
+        "flops",
+        "layers",
+        "loop",
+        "metrics",
+        "muon",
+        "optimizers",
+        "plots",
+        "prefetch",
+        "progress",
+        "run_directory",
+        "schedules",
+        "state",
+        "step",
+    ),
+    names={
+        "checkpoint": ["Checkpointer", "Restored", "load_part", "read_metadata"],
+        "config": ["CheckpointConfig", "LoopConfig", "OptimizerConfig", "ScheduleConfig"],
+        "flops": ["flops_per_token", "matmul_parameters", "mfu", "peak_flops"],
+        "loop": ["Hook", "RunResult", "resume", "run"],
+        "metrics": ["JsonlWriter", "TensorBoardWriter", "WandbWriter", "read_metrics"],
+        "optimizers": ["make_optimizer"],
+        "run_directory": ["RunDirectory"],
+        "schedules": ["make_schedule"],
+        "state": ["TrainState", "init_state"],
+        "step": ["make_step"],
+    },
+)
