@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lmjax.errors import UserError
+from lmjax.losses.vocabulary import Head
 from lmjax.models import layout
 from lmjax.modules.attention import Cache, Context, attention_mask
 from lmjax.modules.block import Block, norm_like
@@ -19,24 +20,6 @@ from lmjax.modules.mlp import initial_std
 from lmjax.modules.positions import rope_table
 
 Variables = dict[str, Any]
-
-
-class Head(NamedTuple):
-    """How logits come from hidden states: `softcap(scale * (hidden @ weight.T + bias))`.
-
-    Attributes:
-      weight: [V, D], or None where hidden states are logits already.
-      bias: [V] or None.
-      softcap: c of `c tanh(x / c)`, or None.
-      scale: multiplies before the softcap.
-      dtype: type of the operands of the product; sums and everything after are float32.
-    """
-
-    weight: jax.Array | None
-    bias: jax.Array | None = None
-    softcap: float | None = None
-    scale: float = 1.0
-    dtype: Any = jnp.float32
 
 
 class ModelOutputs(NamedTuple):

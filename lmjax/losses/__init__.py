@@ -1,0 +1,19 @@
+"""Pure array functions: arrays in, per-token or per-sequence arrays out, nothing reduced."""
+
+from lmjax._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    submodules=("divergences", "tokens", "vocabulary"),
+    names={
+        "divergences": [
+            "forward_kl",
+            "jensen_shannon",
+            "kl_estimate",
+            "reverse_kl",
+            "top_k_kl",
+        ],
+        "tokens": ["smoothed_cross_entropy"],
+        "vocabulary": ["STATISTICS", "Head", "logits_of", "map_vocabulary", "token_loss", "token_statistics"],
+    },
+)

@@ -1,0 +1,66 @@
+"""Divergences between two models: exact ones over rows of logits, and estimates from sampled tokens."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+KLEstimator = Literal["k1", "abs", "k2", "k3"]
+
+
+def _expectation(p: jax.Array, values: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.where(p > 0, p * values, 0.0), axis=-1)
+
+
+def reverse_kl(logits: jax.Array, other: jax.Array) -> jax.Array:
+    """KL(p || q) of p = softmax(logits), q = softmax(other) over the last axis, in nats.
+
+    "Reverse" as in distillation: the model's own distribution weighs the log-ratio (mode seeking).
+
+    >>> round(float(reverse_kl(jnp.array([1.0, 0.0]), jnp.array([1.0, 0.0]))), 6)
+    0.0
+    """
+    logp, logq = jax.nn.log_softmax(logits), jax.nn.log_softmax(other)
+    return _expectation(jnp.exp(logp), logp - logq)
+
+
+def forward_kl(logits: jax.Array, other: jax.Array) -> jax.Array:
+    """KL(q || p), weighed by the other model's distribution (mass covering). Arguments as in `reverse_kl`."""
+    return reverse_kl(other, logits)
+
+
+def jensen_shannon(logits: jax.Array, other: jax.Array, beta: float = 0.5) -> jax.Array:
+    """Generalised Jensen-Shannon divergence `beta KL(q || m) + (1 - beta) KL(p || m)`, `m = (1 - beta) p + beta q`.
+
+    The form of GKD (arXiv:2306.13649) with p the student and q the teacher; `beta` strictly between 0 and 1.
+    """
+    logp, logq = jax.nn.log_softmax(logits), jax.nn.log_softmax(other)
+    logm = jnp.logaddexp(logp + jnp.log1p(-beta), logq + jnp.log(beta))
+    return beta * _expectation(jnp.exp(logq), logq - logm) + (1 - beta) * _expectation(jnp.exp(logp), logp - logm)
+
+
+def top_k_kl(logits: jax.Array, other: jax.Array, k: int) -> jax.Array:
+    """KL(q || p) restricted to the other model's k likeliest tokens, both renormalised over them."""
+    top, indices = jax.lax.top_k(other, k)
+    return forward_kl(jnp.take_along_axis(logits, indices, axis=-1), top)
+
+
+def kl_estimate(logprobs: jax.Array, other_logprobs: jax.Array, estimator: KLEstimator) -> jax.Array:
+    """Estimates of KL(p || q) from tokens sampled from p, elementwise (Schulman, "Approximating KL divergence", 2020).
+
+    With d = log p - log q: "k1" d (unbiased, high variance), "abs" |d|, "k2" d^2/2 (biased, low variance), "k3"
+    exp(-d) - 1 + d (unbiased, never negative).
+
+    As a *loss* on samples from p their gradients differ from their values: k1's has expectation zero, k2's is that of
+    KL(p || q), k3's is that of KL(q || p).
+    """
+    difference = logprobs - other_logprobs
+    if estimator == "k1":
+        return difference
+    if estimator == "abs":
+        return jnp.abs(difference)
+    if estimator == "k2":
+        return jnp.square(difference) / 2
+    return jnp.expm1(-difference) + difference

@@ -1,0 +1,149 @@
+"""The first terms. Each is a few lines over `lmjax.losses`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from lmjax.batch import Batch
+from lmjax.errors import UserError
+from lmjax.losses import divergences, tokens
+from lmjax.objectives.algebra import Objective, Term
+from lmjax.objectives.reducers import Reducer, token_mean
+
+
+def _objective(name: str, function: Any, reducer: Reducer, roles: tuple[str, ...] = (), couples: bool = False):
+    return Objective(((1.0, Term(name, function, reducer, roles, None, couples)),))
+
+
+def cross_entropy(*, label_smoothing: float = 0.0, reducer: Reducer = token_mean) -> Objective:
+    """Negative log-likelihood of the targets, in nats, with accuracy as a metric.
+
+    Args:
+      label_smoothing: share of the target spread evenly over the vocabulary, from 0 up to, not including, 1.
+      reducer: see `lmjax.objectives.reducers`.
+    """
+    if not 0.0 <= label_smoothing < 1.0:
+        raise UserError(f"label_smoothing is {label_smoothing}; give a number from 0 up to, not including, 1.")
+
+    def function(outputs: Any, batch: Batch) -> Any:
+        losses = -outputs.logprobs
+        metrics = {"accuracy": (outputs.correct, batch.mask)}
+        if label_smoothing:
+            metrics["nll"] = (losses, batch.mask)
+            losses = tokens.smoothed_cross_entropy(
+                outputs.logprobs, outputs.mean_logits, outputs.logsumexp, label_smoothing
+            )
+        return losses, batch.mask, metrics
+
+    return _objective("cross_entropy", function, reducer)
+
+
+def z_loss(*, reducer: Reducer = token_mean) -> Objective:
+    """`logsumexp(logits)^2`: keeps the softmax normaliser near 1 (PaLM uses 1e-4 of it)."""
+    return _objective("z_loss", lambda outputs, batch: (jnp.square(outputs.logsumexp), batch.mask), reducer)
+
+
+def entropy(*, reducer: Reducer = token_mean) -> Objective:
+    """Entropy of the next-token distribution, in nats. Subtract it to reward exploration."""
+    return _objective("entropy", lambda outputs, batch: (outputs.entropy, batch.mask), reducer)
+
+
+def kl(role: str, *, estimator: divergences.KLEstimator = "k3", reducer: Reducer = token_mean) -> Objective:
+    """Estimate of KL(policy || role) from the batch's own tokens, which the policy should have sampled.
+
+    Read `losses.kl_estimate` before choosing: as a loss, k1 has zero expected gradient, k2 that of KL(policy || role),
+    and k3 that of KL(role || policy).
+
+    Args:
+      role: the other model's role.
+      estimator: "k1", "abs", "k2" or "k3".
+      reducer: see `lmjax.objectives.reducers`.
+    """
+    if estimator not in ("k1", "abs", "k2", "k3"):
+        raise UserError(f"no KL estimator is called {estimator!r}; there are k1, abs, k2 and k3.")
+
+    def function(outputs: Any, batch: Batch, other: Any) -> Any:
+        return divergences.kl_estimate(outputs.logprobs, other.logprobs, estimator), batch.mask
+
+    return _objective(f"kl_{role}", function, reducer, (role,))
+
+
+def divergence(
+    role: str,
+    kind: Literal["forward", "reverse", "js"] = "reverse",
+    *,
+    beta: float = 0.5,
+    reducer: Reducer = token_mean,
+) -> Objective:
+    """Exact divergence from another role's next-token distribution, over the whole vocabulary, in nats.
+
+    Args:
+      role: the other model's role; its vocabulary must be the policy's.
+      kind: "reverse" is KL(policy || role), "forward" KL(role || policy), "js" the Jensen-Shannon divergence of GKD.
+      beta: weight of the role in the mixture of "js".
+      reducer: see `lmjax.objectives.reducers`.
+    """
+    kinds = {
+        "forward": divergences.forward_kl,
+        "reverse": divergences.reverse_kl,
+        "js": lambda own, other: divergences.jensen_shannon(own, other, beta),
+    }
+    if kind not in kinds:
+        raise UserError(f"no divergence is called {kind!r}; there are forward, reverse and js.")
+    if not 0.0 < beta < 1.0:
+        raise UserError(f"beta is {beta}; give a number strictly between 0 and 1.")
+
+    def function(outputs: Any, batch: Batch, other: Any) -> Any:
+        return outputs.map_logits(kinds[kind], other), batch.mask
+
+    return _objective(f"{kind}_kl_{role}" if kind != "js" else f"js_{role}", function, reducer, (role,))
+
+
+def distillation(
+    role: str = "teacher", *, temperature: float = 1.0, top_k: int | None = None, reducer: Reducer = token_mean
+) -> Objective:
+    """Cross-entropy to a teacher's softened distribution, less its entropy: `t^2 KL(teacher_t || student_t)`.
+
+    The factor t^2 keeps gradients of one size as the temperature changes (arXiv:1503.02531).
+
+    Args:
+      role: the teacher's role.
+      temperature: t, divides both logits.
+      top_k: compare on the teacher's k likeliest tokens only, both renormalised.
+      reducer: see `lmjax.objectives.reducers`.
+    """
+    if temperature <= 0:
+        raise UserError(f"distillation temperature is {temperature}; give a positive number.")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top_k is {top_k}; give at least 1 token, or None for the whole vocabulary.")
+
+    def rows(own: Any, teacher: Any) -> Any:
+        own, teacher = own / temperature, teacher / temperature
+        if top_k is None:
+            return temperature**2 * divergences.forward_kl(own, teacher)
+        return temperature**2 * divergences.top_k_kl(own, teacher, top_k)
+
+    def function(outputs: Any, batch: Batch, teacher: Any) -> Any:
+        return outputs.map_logits(rows, teacher), batch.mask
+
+    return _objective(f"distillation_{role}", function, reducer, (role,))
+
+
+def auxiliary(name: str, *, couples_rows: bool = True) -> Objective:
+    """A loss that the model's own layers report under `name`, such as a router's balance loss.
+
+    Args:
+      name: key of `outputs.aux`; the value is a scalar, or [B, T] per token.
+      couples_rows: False for values per token, which may be split into microbatches.
+    """
+
+    def function(outputs: Any, batch: Batch) -> Any:
+        if name not in outputs.aux:
+            known = ", ".join(sorted(outputs.aux)) or "none"
+            raise UserError(f"this model reports no auxiliary loss {name!r}; it reports {known}.")
+        value = outputs.aux[name]
+        return value, batch.mask if value.ndim == 2 else jnp.ones(())
+
+    return _objective(name, function, token_mean, (), couples_rows)

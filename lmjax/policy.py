@@ -1,0 +1,235 @@
+"""The policy: a pure function of its variables, and the one door between models and everything above."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lmjax.batch import Batch
+from lmjax.errors import UserError
+from lmjax.losses import vocabulary
+from lmjax.losses.vocabulary import Head, Statistics
+from lmjax.models.bigram import Bigram
+from lmjax.models.config import BigramConfig, DecoderConfig, ModelConfig
+from lmjax.models.decoder import Decoder, ModelOutputs, Variables
+
+_BUILDERS: dict[type, Callable[[Any], Any]] = {DecoderConfig: Decoder, BigramConfig: Bigram}
+
+
+def build_model(config: ModelConfig) -> Any:
+    """The model of a config: an object with pure `init`, `apply`, `head`, `init_cache` and `logical_axes`."""
+    return _BUILDERS[type(config)](config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """A language model as a pure function `policy(variables, batch) -> Outputs`.
+
+    Attributes:
+      model: a model, or the config of one.
+      chunk_elements: the most logits (float32 numbers) that exist at once when log-probabilities are taken.
+
+    >>> import numpy as np, lmjax as lm
+    >>> policy = lm.Policy(lm.models.bigram(vocab_size=4))
+    >>> variables = policy.init(jax.random.key(0))
+    >>> batch = lm.batch.next_token_batch(np.array([[0, 1, 2]]))
+    >>> policy(variables, batch).logprobs.round(3).tolist()
+    [[-1.386, -1.386]]
+    """
+
+    model: Any
+    chunk_elements: int = 2**24
+
+    def __post_init__(self) -> None:
+        if type(self.model) in _BUILDERS:
+            object.__setattr__(self, "model", build_model(self.model))
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    def init(self, key: jax.Array) -> Variables:
+        """Fresh variables, a plain nested dict `{"params": ...}` of float32 arrays."""
+        return jax.jit(self.model.init)(key)
+
+    def __call__(
+        self, variables: Variables, batch: Batch, *, rng: jax.Array | None = None, train: bool = False
+    ) -> Outputs:
+        """Outputs for a batch; nothing is computed before it is read.
+
+        Args:
+          variables: `{"params": ...}` and whatever other collections the layers read.
+          batch: token sequences.
+          rng: key for dropout.
+          train: whether dropout is on.
+        """
+        return Outputs(self, variables, batch, rng, train)
+
+    def logical_axes(self, variables: Variables) -> Variables:
+        """Logical axis names of every leaf (arrays or shapes), in a tree of the same structure."""
+        return self.model.logical_axes(variables)
+
+    def init_cache(self, batch_size: int, length: int) -> Variables:
+        """An empty "cache" collection for `length` tokens a row."""
+        return self.model.init_cache(batch_size, length)
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What will be read of one set of outputs, so that one pass over the vocabulary serves it all.
+
+    Attributes:
+      statistics: names out of `losses.vocabulary.STATISTICS`.
+      maps: (function of rows of logits, names of the other roles whose logits it takes), in the order they are read.
+    """
+
+    statistics: frozenset[str] = frozenset()
+    maps: tuple[tuple[Callable[..., jax.Array], tuple[str, ...]], ...] = ()
+
+
+class Outputs:
+    """What a policy says about a batch, computed when read and once only.
+
+    `hidden` [B, T, D], `logits` [B, T, V] float32 (the only thing here that holds a whole vocabulary a token),
+    `values` [B, T] of a value head, `aux` named scalars of the model, `cache`; and the statistics of
+    `losses.vocabulary.STATISTICS`, float32 [B, T]: `logprobs` of the batch's targets, `logsumexp`, `entropy`,
+    `sum_p2`, `mean_logits`, `correct`.
+
+    Log-probabilities are of the tempered distribution where the batch has a temperature.
+    """
+
+    logprobs: jax.Array
+    logsumexp: jax.Array
+    entropy: jax.Array
+    sum_p2: jax.Array
+    mean_logits: jax.Array
+    correct: jax.Array
+
+    def __init__(self, policy: Policy, variables: Variables, batch: Batch, rng: jax.Array | None, train: bool):
+        self.policy = policy
+        self.variables = variables
+        self.batch = batch
+        self._rng = rng
+        self._train = train
+        self._request = Request(frozenset(vocabulary.STATISTICS))
+        self._peers: dict[str, Outputs] = {}
+        self._maps_read = 0
+
+    def expecting(self, request: Request, peers: dict[str, Outputs]) -> Outputs:
+        """Declares what will be read. Without this, the first statistic that is read computes all of them."""
+        self._request, self._peers = request, peers
+        return self
+
+    @functools.cached_property
+    def _model(self) -> ModelOutputs:
+        batch = self.batch
+        return self.policy.model.apply(
+            self.variables, batch.tokens, batch.segments, batch.positions, rng=self._rng, train=self._train
+        )
+
+    @property
+    def hidden(self) -> jax.Array:
+        return self._model.hidden
+
+    @property
+    def aux(self) -> dict[str, jax.Array]:
+        return self._model.aux
+
+    @property
+    def cache(self) -> Any:
+        return self._model.cache
+
+    @property
+    def head(self) -> Head:
+        return self.policy.model.head(self.variables)
+
+    @functools.cached_property
+    def logits(self) -> jax.Array:
+        temperature = self.batch.temperature
+        return vocabulary.logits_of(self.head, self.hidden, None if temperature is None else temperature[:, None])
+
+    @functools.cached_property
+    def values(self) -> jax.Array:
+        if "value" not in self.variables:
+            raise UserError("these variables have no value head; add one with lmjax.policy.add_value_head(variables).")
+        value = self.variables["value"]
+        return (self.hidden.astype(jnp.float32) @ value["kernel"] + value["bias"])[..., 0]
+
+    @functools.cached_property
+    def _vocabulary(self) -> tuple[Statistics, list[jax.Array]]:
+        """The one pass over the vocabulary: everything the request names."""
+        request, batch = self._request, self.batch
+        wanted = sorted(request.statistics)
+        if not request.maps:
+            statistics = vocabulary.token_statistics(
+                self.head,
+                self.hidden,
+                batch.targets,
+                temperature_B=batch.temperature,
+                wanted=wanted,
+                elements=self.policy.chunk_elements,
+            )
+            return statistics, []
+        names = sorted({name for _, others in request.maps for name in others})
+        operands = [(o.head, o.hidden, o.batch.temperature) for o in (self, *(self._peers[name] for name in names))]
+
+        def positional(function: Callable[..., jax.Array], others: Sequence[str]) -> Callable[..., jax.Array]:
+            return lambda own, *rest: function(own, *(rest[names.index(name)] for name in others))
+
+        return vocabulary.map_vocabulary(
+            [positional(function, others) for function, others in request.maps],
+            operands,
+            batch.targets,
+            wanted=wanted,
+            elements=self.policy.chunk_elements,
+        )
+
+    def with_statistics(self, statistics: Statistics) -> Outputs:
+        """These outputs with statistics that were computed elsewhere."""
+        self._vocabulary = (statistics, [])
+        return self
+
+    def __getattr__(self, name: str) -> jax.Array:
+        if name not in vocabulary.STATISTICS:
+            raise AttributeError(f"Outputs has no {name!r}")
+        statistics, _ = self._vocabulary
+        if name not in statistics:
+            raise RuntimeError(f"{name} was read, but not when the objective was traced: a term must read the same "
+                               "outputs every time it is called.")
+        return statistics[name]
+
+    def map_logits(self, function: Callable[..., jax.Array], *others: Outputs) -> jax.Array:
+        """`function(own logits [N, V], logits of others [N, V] ...) -> [N]` for every token, as [B, T].
+
+        Logits exist a slice at a time and are recomputed in the backward pass, in the same pass as the statistics when
+        an objective reads both.
+        """
+        if self._request.maps:
+            self._maps_read += 1
+            return self._vocabulary[1][self._maps_read - 1]
+        operands = [(o.head, o.hidden, o.batch.temperature) for o in (self, *others)]
+        return vocabulary.map_vocabulary(
+            [function], operands, self.batch.targets, elements=self.policy.chunk_elements
+        )[1][0]
+
+
+def add_value_head(variables: Variables, key: jax.Array | None = None, std: float = 0.0) -> Variables:
+    """Adds the "value" collection: a scalar read from every hidden state, 0 everywhere at the start unless `std` > 0."""
+    hidden_dim = _embedding_width(variables["params"])
+    kernel = jnp.zeros((hidden_dim, 1)) if key is None else std * jax.random.normal(key, (hidden_dim, 1))
+    return variables | {"value": {"kernel": kernel, "bias": jnp.zeros((1,))}}
+
+
+def _embedding_width(params: Variables) -> int:
+    table = params["embed"]["embedding"] if "embed" in params else params["table"]
+    return table.shape[-1]
+
+
+def count_parameters(variables: Variables, collections: Iterable[str] = ("params",)) -> int:
+    """How many numbers the given collections hold. Works on shapes too."""
+    return sum(leaf.size for name in collections for leaf in jax.tree.leaves(variables[name]))
