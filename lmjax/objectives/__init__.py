@@ -4,10 +4,10 @@ from lmjax._lazy import attach
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
-    submodules=("algebra", "evaluate", "reducers", "terms", "tracing"),
+    submodules=("algebra", "evaluation", "reducers", "terms", "tracing"),
     names={
         "algebra": ["Objective", "Role", "Term", "term"],
-        "evaluate": ["Evaluation", "evaluate", "finalize", "term_weights"],
+        "evaluation": ["Evaluation", "evaluate", "finalize", "term_weights"],
         "reducers": [
             "Reducer",
             "constant_horizon",
