@@ -71,10 +71,10 @@ class DataConfig(SourceConfig):
     validation_fraction: float = 0.1
     """The part held out where there is no validation_path."""
     split: str = "auto"
-    """hash: a document is held out by the hash of its text; position: the last part of the text is; auto: position
-    for a single document, hash for several."""
+    """hash: a document is held out by the hash of its text; position: the last part of the text is; auto: hash where
+    some ten documents or more can be expected to be held out, position where there are fewer."""
     max_bytes: int = 0
-    """Read only the first so many UTF-8 bytes of each source, in whole documents; 0: all."""
+    """Read only the first so many UTF-8 bytes of each source; 0: all."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     sequence_length: int = 256
     """T: positions of a row."""

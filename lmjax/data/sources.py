@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import glob
 import gzip
-import io
 import json
 import os
 import sysconfig
@@ -27,7 +26,7 @@ class Source:
       name: for messages.
       identity: JSON-able; changes whenever the documents may have changed.
       size: bytes of the files, for a progress bar; None where unknown.
-      read: opens a fresh pass over the documents, as (text, file bytes read so far).
+      read: opens a fresh pass over the documents.
       skipped: undecodable files left out by the last pass.
     """
 
@@ -36,6 +35,15 @@ class Source:
     size: int | None
     read: Callable[[], Iterator[str]]
     skipped: int = 0
+    _done: int = 0
+    _raw: Any = None
+
+    def position(self) -> int:
+        """File bytes the last pass has gone through, for a progress bar."""
+        try:
+            return self._done + (self._raw.tell() if self._raw is not None else 0)
+        except ValueError:  # closed: the file has ended and is counted in a moment
+            return self._done
 
 
 def open_source(config: SourceConfig) -> Source:
@@ -59,14 +67,16 @@ def open_source(config: SourceConfig) -> Source:
     source.size = sum(s for s in sizes if s is not None) if all(s is not None for s in sizes) else None
 
     def read() -> Iterator[str]:
-        source.skipped = 0
-        for path in files:
+        source.skipped = source._done = 0
+        for path, size in zip(files, sizes):
             try:
-                yield from _documents(path, kind, config)
+                with _open_raw(path) as source._raw:
+                    yield from _documents(path, source._raw, kind, config)
             except UnicodeDecodeError as error:
                 if explicit:
                     raise UserError(f"{path} is not UTF-8 text (byte {error.start}): convert it to UTF-8 first") from None
                 source.skipped += 1
+            source._done += size or 0
 
     source.read = read
     return source
@@ -135,26 +145,27 @@ def _identity(path: str, root: str) -> list:
     return [os.path.relpath(path, root) if root else path, status.st_size, status.st_mtime_ns]
 
 
-def _open(path: str) -> BinaryIO:
+def _open_raw(path: str) -> BinaryIO:
     try:
-        if _is_url(path):
-            return _fsspec().open(path, "rb", compression="infer").open()
-        return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")  # type: ignore[return-value]
+        return _fsspec().open(path, "rb").open() if _is_url(path) else open(path, "rb")
     except OSError as error:
         raise UserError(f"{path} cannot be opened ({error.strerror or error}): check the path") from None
 
 
-def _documents(path: str, kind: str, config: SourceConfig) -> Iterator[str]:
+def _documents(path: str, raw: BinaryIO, kind: str, config: SourceConfig) -> Iterator[str]:
     if kind == "parquet":
-        yield from _parquet(path, config.text_field)
+        yield from _parquet(path, raw, config.text_field)
         return
-    with _open(path) as file:
+    file: Any = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
+    try:
         if kind == "jsonl":
             yield from _json_lines(path, file, config.text_field)
         elif config.separator is None:
             yield file.read().decode("utf-8-sig")
         else:
             yield from _separated(file, config.separator)
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise UserError(f"{path} is not a whole gzip file ({error}): fetch it again") from None
 
 
 def _separated(file: BinaryIO, separator: str) -> Iterator[str]:
@@ -187,25 +198,23 @@ def _text(record: Any, field: str, where: str) -> str:
     return record[field]
 
 
-def _parquet(path: str, field: str) -> Iterator[str]:
+def _parquet(path: str, raw: BinaryIO, field: str) -> Iterator[str]:
     try:
         from pyarrow import lib, parquet
     except ImportError:
         raise UserError("reading Parquet needs the package pyarrow: pip install pyarrow") from None
-    opened = io.BytesIO(_open(path).read()) if _is_url(path) else path
     try:
-        file = parquet.ParquetFile(opened)
+        file = parquet.ParquetFile(raw)
     except (lib.ArrowInvalid, OSError) as error:
         raise UserError(f"{path} is not a Parquet file ({str(error).splitlines()[0]})") from None
-    with file:
-        names = file.schema_arrow.names
-        if field not in names:
-            raise UserError(f"{path} has no column {field!r} (it has: {', '.join(names)}): set data.text_field")
-        for batch in file.iter_batches(columns=[field], batch_size=1024):
-            for text in batch.column(0).to_pylist():
-                if not isinstance(text, str):
-                    raise UserError(f"{path}: column {field!r} holds {type(text).__name__}, not text")
-                yield text
+    names = file.schema_arrow.names
+    if field not in names:
+        raise UserError(f"{path} has no column {field!r} (it has: {', '.join(names)}): set data.text_field")
+    for batch in file.iter_batches(columns=[field], batch_size=1024):
+        for text in batch.column(0).to_pylist():
+            if not isinstance(text, str):
+                raise UserError(f"{path}: column {field!r} holds {type(text).__name__}, not text")
+            yield text
 
 
 def _huggingface(config: SourceConfig) -> Source:
