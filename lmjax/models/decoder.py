@@ -18,6 +18,7 @@ from lmjax.modules.block import Block, norm_like
 from lmjax.modules.config import DecoderConfig
 from lmjax.modules.mlp import initial_std
 from lmjax.modules.positions import rope_table
+from lmjax.sharding.context import constrain
 
 Variables = dict[str, Any]
 
@@ -133,13 +134,14 @@ class Decoder:
             raise UserError("this model has dropout: training needs an rng; pass policy(..., rng=key, train=True).")
         params = variables["params"]
         cache = variables.get("cache")
-        x_BTD = jnp.take(params["embed"]["embedding"], tokens_BT, axis=0).astype(jnp.dtype(config.dtype))
+        table_VD = constrain(params["embed"]["embedding"], ("vocab", None))
+        x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(jnp.dtype(config.dtype))
         if config.embed_scale != 1.0:
             x_BTD = x_BTD * jnp.asarray(config.embed_scale, x_BTD.dtype)
         if config.position == "learned":
             x_BTD = x_BTD + jnp.take(params["position"]["embedding"], positions_BT, axis=0).astype(x_BTD.dtype)
         B, T, D = x_BTD.shape
-        x_ND = x_BTD.reshape(B * T, D)
+        x_ND = constrain(x_BTD.reshape(B * T, D), ("batch", None))
         if dropping:
             keep = jax.random.bernoulli(jax.random.fold_in(rng, config.num_layers), 1 - config.dropout, x_ND.shape)
             x_ND = jnp.where(keep, x_ND / (1 - config.dropout), 0).astype(x_ND.dtype)
@@ -166,6 +168,7 @@ class Decoder:
         """The map from hidden states to logits."""
         config = self.config
         weight = variables["params"]["embed" if config.tied_embeddings else "head"]["embedding"]
+        weight = constrain(weight, ("vocab", None))  # whole rows: logits are sums over the width
         return Head(weight, None, config.logit_softcap, config.logit_scale, jnp.dtype(config.dtype))
 
     def logical_axes(self, variables: Variables) -> Variables:
@@ -236,7 +239,8 @@ class Decoder:
             x_ND: jax.Array, own: Variables, layer_cache: Cache | None, context: Context, index: jax.Array | int
         ) -> tuple[jax.Array, Cache | None]:
             rngs = None if rng is None else {"dropout": jax.random.fold_in(rng, index)}
-            return Block(config).apply(own, x_ND, context, layer_cache, rng is not None, rngs=rngs)
+            x_ND, layer_cache = Block(config).apply(own, x_ND, context, layer_cache, rng is not None, rngs=rngs)
+            return constrain(x_ND, ("batch", None)), layer_cache
 
         layer = REMAT[config.remat](layer)
         collections = {name: tree for name, tree in variables.items() if name != "cache"}

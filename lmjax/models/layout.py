@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 STACKED = "layers"
 
@@ -71,4 +72,4 @@ def _take(leaf: Any, index: int) -> Any:
 def _stack(*leaves: Any) -> Any:
     if isinstance(leaves[0], jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), leaves[0].dtype)
-    return jnp.stack(leaves)
+    return (jnp if any(isinstance(leaf, jax.Array) for leaf in leaves) else np).stack(leaves)
