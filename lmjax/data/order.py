@@ -48,23 +48,29 @@ def permute(index: np.ndarray, length: int, seed: int, epoch: np.ndarray | int =
     if length <= 1:
         return np.zeros(np.shape(index), np.int64)
     a = math.isqrt(length - 1) + 1
-    b = -(-length // a)
-    key = np.broadcast_to(hash64(seed, epoch), np.shape(index)).copy()
+    sizes = (a, -(-length // a))  # left, right
+    base = np.broadcast_to(hash64(seed, epoch), np.shape(index))
     out = np.array(index, np.int64)
-    outside = np.arange(out.size)
-    while outside.size:
-        left, right, k = out[outside] // b, out[outside] % b, key[outside]
+    todo, key, inner = slice(None), base, out
+    while True:
+        halves = list(np.divmod(inner, sizes[1]))
         for r in range(_ROUNDS):
-            with np.errstate(over="ignore"):
-                if r % 2 == 0:
-                    f = mix64(k + right.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(r + 1))
-                    left = (left + (f % np.uint64(a)).astype(np.int64)) % a
-                else:
-                    f = mix64(k + left.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(r + 1))
-                    right = (right + (f % np.uint64(b)).astype(np.int64)) % b
-        out[outside] = left * b + right
-        outside = outside[out[outside] >= length]
-    return out
+            size = sizes[r % 2]
+            half = halves[r % 2] + _below(key, halves[1 - r % 2], r, size)
+            halves[r % 2] = half - size * (half >= size)
+        out[todo] = halves[0] * sizes[1] + halves[1]
+        todo = np.flatnonzero(out >= length)
+        if not todo.size:
+            return out
+        key, inner = base[todo], out[todo]
+
+
+def _below(key: np.ndarray, half: np.ndarray, r: int, size: int) -> np.ndarray:
+    """A hash of (key, half, round) in [0, size), size < 2^32: int64."""
+    with np.errstate(over="ignore"):
+        x = (half.astype(np.uint64) + key) * np.uint64(0x9E3779B97F4A7C15) + np.uint64((r * 0xD1B54A32D192ED03) % 2**64)
+        x = (x ^ (x >> np.uint64(32))) * np.uint64(0xBF58476D1CE4E5B9)
+        return (((x >> np.uint64(32)) * np.uint64(size)) >> np.uint64(32)).astype(np.int64)
 
 
 def mixture_schedule(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from lmjax.batch import Batch, positions_within_segments
+from lmjax.batch import Batch
 from lmjax.data.order import hash64
 
 
@@ -101,43 +101,39 @@ class BlockRows(_Shuffled):
             ids = self._view[index].astype(np.int32)
         if self._ends is None and not ragged:
             return Batch(ids[:, :-1], ids[:, 1:], *self._constants(len(index)))
-        segments = np.ones((len(index), T + 1), np.int32)
+        # A row is a run of spans: it starts one, and so does each document that starts inside it.
+        starts = index * T
+        row, column = np.arange(len(index)), np.zeros(len(index), np.int64)
+        mask = np.ones((len(index), T), np.float32)
         if self._ends is not None:
-            self._number_documents(index * T, segments)
+            first = np.searchsorted(self._ends, starts, side="right")
+            counts = np.searchsorted(self._ends, starts + T, side="right") - first
+            cut_row = np.repeat(row, counts)
+            which = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(first, counts)
+            cut = self._ends[which] - starts[cut_row]  # 1..T: a document ends just before this column
+            mask[cut_row, cut - 1] = 0.0
+            inside = cut < T
+            row, column = np.concatenate([row, cut_row[inside]]), np.concatenate([column, cut[inside]])
+        if ragged:  # the stream's last token is an input without a target: padding, like all behind it
+            padding = np.flatnonzero(~whole)
+            mask[padding, len(tail) - 1 :] = 0.0
+            row = np.concatenate([row, padding])
+            column = np.concatenate([column, np.full(len(padding), len(tail) - 1)])
+        segments, positions = _spans(row * T + column, len(index), T)
         if ragged:
-            segments[~whole, len(tail) :] = 0
-        inside = (segments[:, :-1] == segments[:, 1:]) & (segments[:, :-1] > 0)
-        inputs = segments[:, :-1].copy()
-        if ragged:
-            # The stream's last token is an input without a target: as padding it cannot be mistaken for data.
-            inputs[~whole, len(tail) - 1 :] = 0
-        return Batch(ids[:, :-1], ids[:, 1:], inside.astype(np.float32), inputs, _positions(inputs))
-
-    def _number_documents(self, starts_B: np.ndarray, segments: np.ndarray) -> None:
-        """Adds to `segments` [B, T+1] the number of documents that have ended before each token of the row."""
-        width = segments.shape[1]
-        first = np.searchsorted(self._ends, starts_B, side="right")
-        last = np.searchsorted(self._ends, starts_B + width, side="left")
-        counts = last - first
-        touched = np.flatnonzero(counts > 0)  # most rows of long documents hold no boundary
-        if not touched.size:
-            return
-        counts = counts[touched]
-        row = np.repeat(np.arange(len(touched)), counts)
-        which = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(first[touched], counts)
-        steps = np.zeros((len(touched), width), np.int32)
-        steps[row, self._ends[which] - starts_B[touched][row]] = 1
-        segments[touched] += np.cumsum(steps, axis=1, dtype=np.int32)
+            segments[padding, len(tail) - 1 :] = 0
+        return Batch(ids[:, :-1], ids[:, 1:], mask, segments, positions)
 
 
-def _positions(segments_BT: np.ndarray) -> np.ndarray:
-    """Positions within segments; rows of a single segment are not scanned."""
-    B, T = segments_BT.shape
-    positions = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)).copy()
-    several = np.flatnonzero(segments_BT[:, 0] != segments_BT[:, -1])
-    if several.size:
-        positions[several] = positions_within_segments(segments_BT[several])
-    return positions
+def _spans(begins: np.ndarray, B: int, T: int) -> tuple[np.ndarray, np.ndarray]:
+    """(segments, positions) int32 [B, T] of rows cut into spans that begin at these places of the flattened rows."""
+    begins = np.unique(begins)
+    lengths = np.diff(begins, append=B * T)
+    row = begins // T
+    number = np.arange(len(begins)) - np.searchsorted(row, np.arange(B))[row] + 1
+    segments = np.repeat(number.astype(np.int32), lengths)
+    positions = np.arange(B * T, dtype=np.int32) - np.repeat(begins.astype(np.int32), lengths)
+    return segments.reshape(B, T), positions.reshape(B, T)
 
 
 class CropRows:
@@ -233,21 +229,27 @@ class PackedRows(_Shuffled):
 
     def gather(self, index: np.ndarray) -> Batch:
         index, T = np.asarray(index, np.int64), self.sequence_length
+        B, total = len(index), len(index) * T
         counts = self._row_starts[index + 1] - self._row_starts[index]
         nth = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # piece within its row
         piece = np.repeat(self._row_starts[index], counts) + nth
-        length = self._length[piece]
-        before = np.cumsum(length) - length
-        row = np.repeat(np.arange(len(index)), counts)
-        column = before - before[np.repeat(np.cumsum(counts) - counts, counts)]
-        position = np.arange(length.sum()) - np.repeat(before, length)
-        source = np.repeat(self._begin[piece], length) + position
-        place = np.repeat(row * T + column, length) + position
-        tokens, targets, segments, positions = (np.zeros((len(index), T), np.int32) for _ in range(4))
-        mask = np.zeros((len(index), T), np.float32)
-        tokens.reshape(-1)[place] = self._tokens[source]
-        targets.reshape(-1)[place] = self._tokens[source + 1]
-        segments.reshape(-1)[place] = np.repeat(nth + 1, length)
-        positions.reshape(-1)[place] = position
-        mask.reshape(-1)[place] = 1.0
-        return Batch(tokens, targets, mask, segments, positions)
+        # The spans of all rows, the padding at the end of each row being one more, numbered 0.
+        spans = counts.sum() + B
+        last = np.cumsum(counts + 1) - 1
+        real = np.ones(spans, bool)
+        real[last] = False
+        begin, length, number = (np.zeros(spans, np.int64) for _ in range(3))
+        begin[real], length[real], number[real] = self._begin[piece], self._length[piece], nth + 1
+        length[last] = T - np.add.reduceat(length, last - counts)
+        offset = np.cumsum(length) - length
+        place = np.arange(total)
+        source = place + np.repeat(np.where(real, begin - offset, -offset), length)  # padding reads from 0 on
+        segments = np.repeat(number.astype(np.int32), length)
+        inside = segments > 0
+        tokens = np.where(inside, self._tokens[source], 0).astype(np.int32)
+        source += inside
+        targets = np.where(inside, self._tokens[source], 0).astype(np.int32)
+        positions = (place - np.repeat(offset, length)).astype(np.int32)
+        shape = (B, T)
+        return Batch(tokens.reshape(shape), targets.reshape(shape), inside.astype(np.float32).reshape(shape),
+                     segments.reshape(shape), positions.reshape(shape))
