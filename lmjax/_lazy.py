@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 
 def attach(
     package: str, submodules: Sequence[str] = (), names: Mapping[str, Sequence[str]] | None = None
-) -> tuple[Callable[[str], object], Callable[[], list[str]], list[str]]:
+) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """Builds `__getattr__`, `__dir__` and `__all__` for a package (PEP 562).
 
     Args:
@@ -19,7 +20,7 @@ def attach(
     home = {name: module for module, exported in (names or {}).items() for name in exported}
     everything = sorted({*submodules, *home})
 
-    def __getattr__(name: str) -> object:
+    def __getattr__(name: str) -> Any:
         if name in home:
             return getattr(importlib.import_module(f"{package}.{home[name]}"), name)
         if name in submodules:

@@ -63,6 +63,16 @@ def test_every_lazy_name_resolves(package):
         module.a_name_that_no_module_has  # noqa: B018
 
 
+@pytest.mark.parametrize("package", _packages())
+def test_no_lent_name_is_also_a_module(package):
+    # Importing a submodule sets it as an attribute of its package, over the lent name.
+    file = ROOT.parent.joinpath(*package.split("."), "__init__.py")
+    keywords = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.keyword)]
+    lent = [ast.literal_eval(node.value) for node in keywords if node.arg == "names"]
+    names = {name for table in lent for exported in table.values() for name in exported}
+    assert not {name for name in names if (file.parent / f"{name}.py").exists()}
+
+
 def _modules() -> list[Path]:
     return sorted(path for path in ROOT.rglob("*.py") if path.name != "__init__.py" or path.parent != ROOT)
 
