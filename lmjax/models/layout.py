@@ -47,8 +47,11 @@ def _rewrite(tree: Any, rewrite_dict: Any) -> Any:
 def _unstack_entry(entries: dict[str, Any]) -> dict[str, Any]:
     if STACKED not in entries:
         return entries
+    leaves = jax.tree.leaves(entries[STACKED])
+    if not leaves:  # an optimizer that keeps nothing for the layers, only None
+        return entries
+    count = leaves[0].shape[0]
     stacked = entries.pop(STACKED)
-    count = jax.tree.leaves(stacked)[0].shape[0]
     for index in range(count):
         entries[layer_name(index)] = jax.tree.map(lambda leaf, index=index: _take(leaf, index), stacked)
     return entries
