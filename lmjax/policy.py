@@ -14,7 +14,7 @@ from lmjax.batch import Batch
 from lmjax.errors import UserError
 from lmjax.losses import vocabulary
 from lmjax.losses.vocabulary import Head, Statistics
-from lmjax.models.bigram import Bigram
+from lmjax.models.table import Bigram
 from lmjax.models.config import BigramConfig, DecoderConfig, ModelConfig
 from lmjax.models.decoder import Decoder, ModelOutputs, Variables
 

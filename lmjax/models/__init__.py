@@ -4,10 +4,10 @@ from lmjax._lazy import attach
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
-    submodules=("bigram", "config", "decoder", "layout", "presets"),
+    submodules=("config", "decoder", "layout", "presets", "table"),
     names={
         "config": ["BigramConfig", "DecoderConfig", "ModelConfig", "RopeScaling"],
-        "bigram": ["Bigram"],
+        "table": ["Bigram"],
         "decoder": ["Decoder"],
         "layout": ["stack_layers", "unstack_layers"],
         "presets": ["PRESETS", "bigram", "gemma2", "gemma3", "gpt2", "llama", "mistral", "preset", "qwen2", "qwen3", "small"],
