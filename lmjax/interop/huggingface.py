@@ -1,7 +1,7 @@
 """Hugging Face checkpoints to and from our variables, one tensor at a time.
 
-A parameter is read straight into the shards it will live in: the host holds one parameter at most, and of it only
-what its own devices need.
+A parameter is read straight into the shards it will live in: the host holds one parameter at
+most, and of it only what its own devices need.
 """
 
 from __future__ import annotations
@@ -181,7 +181,8 @@ def _check(path: Path, files: TensorFiles, table: dict[str, Row], shapes: Any, c
     for name, shape in expected.items():
         if files.shape(name) != shape:
             raise UserError(
-                f"{path}: the tensor {name} has shape {files.shape(name)}, but config.json asks for {shape}; mend either."
+                f"{path}: the tensor {name} has shape {files.shape(name)}, but config.json asks for {shape}; "
+                "mend one of them."
             )
         if files.dtype(name) not in FLOATS.values():
             raise UserError(

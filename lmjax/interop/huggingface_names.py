@@ -1,6 +1,6 @@
 """What transformers calls our parameters: one table a family, read in both directions.
 
-Rows for parameters that a config does not have (biases, an untied head, QK-norms) are simply not used: the model's
+Rows for parameters that a config does not have (biases, an untied head, QK-norms) are not used: the model's
 own parameter tree decides.
 """
 

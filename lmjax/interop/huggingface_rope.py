@@ -1,4 +1,4 @@
-"""Rotary positions in `config.json`: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling`."""
+"""Rotary positions in `config.json`: `rope_parameters`, or the older `rope_theta` and `rope_scaling`."""
 
 from __future__ import annotations
 

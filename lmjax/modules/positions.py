@@ -20,21 +20,26 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = 
     >>> rope_frequencies(4, 10000.0)[0].tolist()
     [1.0, 0.009999999776482582]
     """
-    frequencies = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    # Rounded to float32 at each step, as in the programs that trained the published models: exact frequencies differ
+    # from theirs by some 3e-7, which 100,000 positions turn into 0.03 radians.
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    periods = (theta ** exponents.astype(np.float64)).astype(np.float32)
+    frequencies = np.float32(1) / periods
     attention_factor = 1.0
     if scaling is None:
-        pass
-    elif scaling.kind == "linear":
-        frequencies = frequencies / scaling.factor
-    elif scaling.kind == "llama3":
-        rotations = scaling.original_length * frequencies / (2 * math.pi)
+        return frequencies, attention_factor
+    if scaling.kind == "linear":
+        return frequencies / np.float32(scaling.factor), attention_factor
+    if scaling.kind == "llama3":
+        rotations = scaling.original_length / (np.float32(2 * math.pi) / frequencies)
         low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
-        keep = np.clip((rotations - low) / (high - low), 0.0, 1.0)
-        frequencies = keep * frequencies + (1 - keep) * frequencies / scaling.factor
+        keep = np.clip((rotations - low) / (high - low), 0, 1)
+        slowed = frequencies / np.float32(scaling.factor)
     else:
         keep = _yarn_ramp(head_dim, theta, scaling)
-        frequencies = keep * frequencies + (1 - keep) * frequencies / scaling.factor
+        slowed = np.float32(1) / (np.float32(scaling.factor) * periods)
         attention_factor = _yarn_attention_factor(scaling)
+    frequencies = keep * frequencies + (1 - keep) * slowed
     return frequencies.astype(np.float32), attention_factor
 
 
@@ -49,7 +54,7 @@ def _yarn_ramp(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     ramp = (np.arange(head_dim // 2) - low) / max(high - low, 1e-3)
-    return 1.0 - np.clip(ramp, 0.0, 1.0)
+    return (1.0 - np.clip(ramp, 0.0, 1.0)).astype(np.float32)
 
 
 def _yarn_attention_factor(scaling: RopeScaling) -> float:
