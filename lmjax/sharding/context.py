@@ -27,8 +27,8 @@ def tracing_for(mesh: Mesh | None, rules: Rules = DEFAULT_RULES) -> Iterator[Non
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     """Pins an activation's sharding by the logical names of its axes; without a mesh, x itself.
 
-    The compiler would otherwise be free to carry a parameter's sharding over into activations: an embedding table
-    cut along its width makes it cut every activation along the width, and gather the batch.
+    The compiler would otherwise be free to carry a parameter's sharding over into activations: an embedding
+    table cut along its width makes it cut every activation along the width, and gather the batch.
     """
     current = _current.get()
     if current is None:
