@@ -243,9 +243,10 @@ class PackedRows(_Shuffled):
         length[last] = T - np.add.reduceat(length, last - counts)
         offset = np.cumsum(length) - length
         place = np.arange(total)
-        source = place + np.repeat(np.where(real, begin - offset, -offset), length)  # padding reads from 0 on
+        source = place + np.repeat(begin - offset, length)
         segments = np.repeat(number.astype(np.int32), length)
         inside = segments > 0
+        source *= inside  # padding reads token 0
         tokens = np.where(inside, self._tokens[source], 0).astype(np.int32)
         source += inside
         targets = np.where(inside, self._tokens[source], 0).astype(np.int32)

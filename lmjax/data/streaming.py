@@ -68,7 +68,7 @@ class StreamingBatches(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         B, T = self._shape
-        blocks, starts, held, empty = [self._ids], [self._starts], len(self._ids), 0
+        blocks, starts, held, epoch = [self._ids], [self._starts], len(self._ids), self._epoch
         while held < B * T + 1 and not self._over:
             ids = self._document()
             if ids is None:
@@ -77,11 +77,9 @@ class StreamingBatches(Iterator[Batch]):
                 blocks.append(ids)
                 starts.append(np.array([held], np.int64))
                 held += ids.size
-                empty = 0
-            else:
-                empty += 1
-                if empty > 1_000_000:
-                    raise UserError("a million documents of the stream in a row are empty: check the text field")
+                epoch = self._epoch
+            elif self._epoch > epoch + 1:  # a whole pass gave nothing
+                raise UserError("the stream of documents is empty: there is no text to train on")
         ids, begin = np.concatenate(blocks), np.concatenate(starts)
         if len(ids) < 2:
             raise StopIteration
