@@ -198,9 +198,10 @@ def _their_shape(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _check_tied(path: Path, files: TensorFiles, embedding: str, chunk: int = 4096) -> None:
     """A head saved beside the embedding it is tied to must be the same."""
-    same = files.shape(HEAD) == files.shape(embedding)
-    for start in range(0, files.shape(embedding)[0] if same else 0, chunk):
-        block = (slice(start, start + chunk), slice(None))
+    V, D = files.shape(embedding)
+    same = files.shape(HEAD) == (V, D)
+    for start in range(0, V if same else 0, chunk):
+        block = (slice(start, min(start + chunk, V)), slice(0, D))
         same = same and np.array_equal(files.read(HEAD, block), files.read(embedding, block))
     if not same:
         raise UserError(
