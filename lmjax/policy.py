@@ -86,10 +86,12 @@ class Request:
     Attributes:
       statistics: names out of `losses.vocabulary.STATISTICS`.
       maps: (function of rows of logits, names of the other roles whose logits it takes), in the order they are read.
+      logits: whether all logits are read as they are, so that statistics can be taken of those.
     """
 
     statistics: frozenset[str] = frozenset()
     maps: tuple[tuple[Callable[..., jax.Array], tuple[str, ...]], ...] = ()
+    logits: bool = False
 
 
 class Outputs:
@@ -165,6 +167,10 @@ class Outputs:
         """The one pass over the vocabulary: everything the request names."""
         request, batch = self._request, self.batch
         wanted = sorted(request.statistics)
+        if request.logits and not request.maps:
+            rows = self.logits.reshape(batch.targets.size, -1)
+            statistics = vocabulary.statistics_of_logits(rows, jnp.ravel(batch.targets), wanted)
+            return {name: value.reshape(batch.targets.shape) for name, value in statistics.items()}, []
         if not request.maps:
             statistics = vocabulary.token_statistics(
                 self.head,
@@ -188,6 +194,11 @@ class Outputs:
             wanted=wanted,
             elements=self.policy.chunk_elements,
         )
+
+    @property
+    def slice_length(self) -> int:
+        """How many tokens of each row a slice of the pass over the vocabulary holds."""
+        return vocabulary.slice_length(self.head, self.hidden, self.policy.chunk_elements)
 
     def with_statistics(self, statistics: Statistics) -> Outputs:
         """These outputs with statistics that were computed elsewhere."""

@@ -11,7 +11,8 @@ KLEstimator = Literal["k1", "abs", "k2", "k3"]
 
 
 def _expectation(p: jax.Array, values: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.where(p > 0, p * values, 0.0), axis=-1)
+    # The values are replaced before the product, which otherwise differentiates to 0 * inf.
+    return jnp.sum(p * jnp.where(p > 0, values, 0.0), axis=-1)
 
 
 def reverse_kl(logits: jax.Array, other: jax.Array) -> jax.Array:

@@ -89,7 +89,7 @@ def statistics_of_logits(z_NV: jax.Array, targets_N: jax.Array, wanted: Sequence
         "logsumexp": lambda: logsumexp_N,
         # Shifted logits of -inf have probability 0 and must add 0, not NaN.
         "entropy": lambda: (
-            jnp.log(sum_N) - jnp.sum(jnp.where(exp_NV > 0, exp_NV * shifted_NV, 0.0), axis=-1) / sum_N
+            jnp.log(sum_N) - jnp.sum(exp_NV * jnp.where(exp_NV > 0, shifted_NV, 0.0), axis=-1) / sum_N
         ),
         "sum_p2": lambda: jnp.sum(jnp.square(exp_NV), axis=-1) / jnp.square(sum_N),
         "mean_logits": lambda: jnp.mean(z_NV, axis=-1),
@@ -438,6 +438,12 @@ def map_vocabulary(
     arrays = [head.arrays for head, _, _ in operands]
     _, results = _scan(lambda carry, piece: (carry, rows(arrays, piece)), (), xs, count)
     return _join(results, shape[1])
+
+
+def slice_length(head: Head, hidden_BTD: jax.Array, elements: int) -> int:
+    """How many tokens of each row a slice holds."""
+    B, T = hidden_BTD.shape[:2]
+    return -(-T // slices((B, T), _vocab_size(head, hidden_BTD), elements))
 
 
 def _vocab_size(head: Head, hidden: jax.Array) -> int:

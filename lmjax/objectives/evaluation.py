@@ -14,7 +14,7 @@ from lmjax.errors import UserError
 from lmjax.losses import vocabulary
 from lmjax.models.decoder import Variables
 from lmjax.objectives.algebra import Objective, Role, Term, coefficient_at
-from lmjax.objectives.tracing import Trace, View, call, request, trace
+from lmjax.objectives.tracing import Trace, View, call, request, token_program, trace
 from lmjax.policy import Outputs, Policy
 
 Sums = dict[str, tuple[jax.Array, jax.Array]]  # metric -> (total, weight): add over microbatches, then divide
@@ -118,8 +118,14 @@ def term_weights(
     for (_, term), label, stream, seen in zip(
         objective.terms, objective.labels, objective.streams(batches), traces, strict=True
     ):
-        if term.couples_rows or seen.mask_depends_on_outputs:
-            reason = "couples the rows of a batch" if term.couples_rows else "has a mask that depends on the outputs"
+        if term.couples_rows or seen.mask_depends_on_outputs or seen.scalar:
+            reason = (
+                "couples the rows of a batch"
+                if term.couples_rows
+                else "has one value for the whole batch"
+                if seen.scalar
+                else "has a mask that depends on the outputs"
+            )
             raise UserError(f"term {label!r} {reason}, so the batch cannot be split under it; set microbatches=1.")
         batch = batches[stream]
         empty = {name: jnp.zeros(batch.tokens.shape) for name in vocabulary.STATISTICS}
@@ -201,15 +207,21 @@ def _evaluate_stream(
         output.expecting(request(traces, name), outputs)
     own = outputs["policy"]
     reading = [i for i, seen in enumerate(traces) if "policy" in seen.probe.statistics or "policy" in seen.probe.maps]
-    fused = bool(reading) and all(
-        traces[i].tokenwise and not traces[i].mask_depends_on_outputs for i in reading
-    )
+    fused = bool(reading) and all(traces[i].tokenwise for i in reading)
+    if fused and (length := own.slice_length) < batch.tokens.shape[1]:
+        fused = all(traces[i].program == token_program(terms[i], batch, length) for i in reading)
+    blank = {name: jnp.zeros(batch.tokens.shape) for name in vocabulary.STATISTICS}
 
     def reduced(index: int, views: Mapping[str, Any]) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
         """Values, coefficients, weight and metrics of one term."""
         values, mask, metrics = call(terms[index], views, batch)
-        share, weight = terms[index].reducer.coefficients(mask, batch.segments)
+        share, weight = terms[index].reducer.coefficients(jax.lax.stop_gradient(mask), batch.segments)
         return values, share, weight, metrics
+
+    def share_and_weight(index: int) -> tuple[jax.Array, jax.Array]:
+        """Of a term whose mask does not depend on the outputs."""
+        views = {name: View(name, batch, blank) for name in ("policy", *terms[index].roles)}
+        return reduced(index, views)[1:3]
 
     loss = jnp.zeros(())
     if fused:
@@ -219,12 +231,9 @@ def _evaluate_stream(
             if name != "policy" and (output_request := request(traces, name)).statistics
         }
         wanted = sorted(request(traces, "policy").statistics)
-        blank = {name: jnp.zeros(batch.tokens.shape) for name in vocabulary.STATISTICS}
         shares = {}
         for i in reading:
-            views = {"policy": View("policy", batch, blank)}
-            views |= {name: View(name, batch, blank | others.get(name, {})) for name in terms[i].roles}
-            _, share, weight, _ = reduced(i, views)
+            share, weight = share_and_weight(i)
             weight = weight if weights is None else weights[i]
             shares[i] = jax.lax.stop_gradient(coefficients[i] * share / jnp.where(weight == 0, 1.0, weight))
 
@@ -232,7 +241,7 @@ def _evaluate_stream(
             piece, others, shares = extras
             total = jnp.zeros(piece.tokens.shape)
             for i in reading:
-                views = {"policy": View("policy", piece, statistics)}
+                views = {"policy": View("policy", piece, _weighed(statistics, shares[i]))}
                 views |= {name: View(name, piece, others.get(name, {})) for name in terms[i].roles}
                 values = call(terms[i], views, piece)[0]
                 total = total + jnp.where(shares[i] != 0, values, 0.0) * shares[i]
@@ -252,7 +261,12 @@ def _evaluate_stream(
 
     sums: Sums = {}
     for i, label in enumerate(labels):
-        values, share, weight, metrics = reduced(i, outputs)
+        views: dict[str, Any] = outputs
+        if traces[i].tokenwise and not fused:
+            share, _ = share_and_weight(i)
+            read = {name: getattr(own, name) for name in traces[i].probe.statistics.get("policy", ())}
+            views = outputs | {"policy": View("policy", batch, _weighed(read, share))}
+        values, share, weight, metrics = reduced(i, views)
         total = jnp.sum(jnp.where(share != 0, values, 0.0) * share)
         if not (fused and i in reading):
             denominator = jax.lax.stop_gradient(weight if weights is None else weights[i])
@@ -264,3 +278,10 @@ def _evaluate_stream(
             pair = (jnp.sum(jnp.where(mask != 0, value, 0.0) * mask), jnp.sum(mask))
             sums[f"{prefix}/{name}" if prefix else name] = jax.lax.stop_gradient(pair)
     return loss, sums
+
+
+def _weighed(statistics: dict[str, jax.Array], share_BT: jax.Array) -> dict[str, jax.Array]:
+    """Statistics through which tokens without weight get no gradient, be its factor infinite (0 * inf is NaN)."""
+    return {
+        name: jnp.where(share_BT != 0, value, jax.lax.stop_gradient(value)) for name, value in statistics.items()
+    }

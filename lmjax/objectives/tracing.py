@@ -1,8 +1,9 @@
 """What a term reads, found by tracing it once on outputs that hold nothing.
 
 Terms are ordinary Python; before a forward pass is built, each is traced with `Probe`s in place of outputs. The trace
-says which statistics of which role are read (so one pass over the vocabulary serves every term), whether the term
-treats tokens independently (so its gradient can be taken slice by slice), and whether its mask depends on the outputs.
+says which statistics of which role are read (so one pass over the vocabulary serves every term), what it does to each
+token if it treats tokens independently (so its gradient can be taken slice by slice), and whether its mask depends on
+the outputs.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core as jex
 
 from lmjax.batch import Batch
@@ -30,7 +32,13 @@ ELEMENTWISE = frozenset(
     logistic lt max min mul ne neg nextafter not or pow real rem round rsqrt select_n sign sin sinh sqrt square
     stop_gradient sub tan tanh xor""".split()
 )
-CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "remat", "checkpoint", "custom_jvp_call"})
+# In a derivative, a custom rule is only left where nothing is differentiated; elsewhere stands what it says.
+CALLS = frozenset(
+    """jit pjit closed_call core_call remat remat2 checkpoint custom_jvp_call custom_vjp_call""".split()
+)
+LAYOUT = frozenset({"shape", "sharding", "out_sharding"})  # parameters that follow from the operands
+
+Program = tuple[Any, ...]
 
 
 class View:
@@ -92,13 +100,20 @@ class Trace:
 
     Attributes:
       probe: what it reads.
-      tokenwise: values are [B, T] and each depends on its own token only.
+      program: what it does to each token, or None; see `token_program`.
       mask_depends_on_outputs: its weight is not known before the forward pass.
+      scalar: it has one value for the whole batch.
     """
 
     probe: Probe
-    tokenwise: bool
+    program: Program | None
     mask_depends_on_outputs: bool
+    scalar: bool
+
+    @property
+    def tokenwise(self) -> bool:
+        """Values are [B, T], each depends on its own token only, and the weights are known beforehand."""
+        return self.program is not None and not self.mask_depends_on_outputs
 
 
 def call(term: Term, views: dict[str, Any], batch: Batch) -> tuple[jax.Array, jax.Array, Metrics]:
@@ -123,31 +138,69 @@ def call(term: Term, views: dict[str, Any], batch: Batch) -> tuple[jax.Array, ja
 def trace(term: Term, batch: Batch, shapes: Callable[[str, str], Any]) -> Trace:
     """Traces a term on empty outputs. `batch` may hold arrays or tracers; only shapes are used."""
     probe = Probe(shapes)
-    roles = ("policy", *term.roles)
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), batch)
-    B, T = batch.tokens.shape
-    token = jax.ShapeDtypeStruct((B, T), jnp.float32)
-    statistics = {role: {name: token for name in STATISTICS} for role in roles}
+    statistics = _empty(term, batch.tokens.shape)
 
     def run(statistics: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        views = {role: View(role, batch, statistics[role], probe) for role in roles}
+        views = {role: View(role, batch, own, probe) for role, own in statistics.items()}
         values, mask, _ = call(term, views, batch)
         return jnp.asarray(values), jnp.asarray(mask)
 
-    closed = jax.make_jaxpr(run)(statistics, abstract)
-    value_shape = closed.jaxpr.outvars[0].aval.shape
-    plain = not probe.maps and not probe.other_fields
-    tokenwise = (
-        plain
-        and value_shape == (B, T)
-        and all(jnp.ndim(const) == 0 for const in closed.consts)
-        and all(
-            leaf.ndim == 0 or leaf.shape == (B,) or leaf.shape[:2] == (B, T) for leaf in jax.tree.leaves(abstract)
-        )
-        and _is_tokenwise(_without_mask(closed.jaxpr), (B, T))
-    )
+    closed = jax.make_jaxpr(run)(statistics, _abstract(batch))
     inputs = len(jax.tree.leaves(statistics))
-    return Trace(probe, tokenwise, _depends(closed.jaxpr, closed.jaxpr.invars[:inputs], closed.jaxpr.outvars[1]))
+    plain = not probe.maps and not probe.other_fields
+    return Trace(
+        probe,
+        token_program(term, batch) if plain else None,
+        _depends(closed.jaxpr, closed.jaxpr.invars[:inputs], closed.jaxpr.outvars[1]),
+        closed.jaxpr.outvars[0].aval.shape == (),
+    )
+
+
+def token_program(term: Term, batch: Batch, length: int | None = None) -> Program | None:
+    """What a term does to each token of a slice of `length` (None: all of time), as comparable data.
+
+    It covers values and derivatives, since a custom derivative may mix tokens where its function does not. A
+    term can be taken slice by slice if its program on a slice equals that on the whole: what was computed in
+    Python from the length of time, or written down for one length, shows as a difference.
+
+    Returns:
+      None if the term mixes tokens, or holds arrays of its own that would have to be cut along.
+    """
+    B, T = batch.tokens.shape
+    t = T if length is None else length
+    abstract = _abstract(batch)
+    if any(leaf.shape not in ((), (B,)) and leaf.shape[:2] != (B, T) for leaf in jax.tree.leaves(abstract)):
+        return None
+    piece = jax.tree.map(
+        lambda leaf: leaf.update(shape=(B, t, *leaf.shape[2:])) if leaf.shape[:2] == (B, T) else leaf,
+        abstract,
+    )
+
+    def run(statistics: Any, batch: Batch, cotangent: jax.Array) -> Any:
+        def values(own: Any) -> jax.Array:
+            views = {role: View(role, batch, its) for role, its in (statistics | {"policy": own}).items()}
+            return jnp.asarray(call(term, views, batch)[0])
+
+        result, pull = jax.vjp(values, statistics["policy"])
+        return result, pull(cotangent.astype(result.dtype))
+
+    try:
+        cotangent = jax.ShapeDtypeStruct((B, t), jnp.float32)
+        closed = jax.make_jaxpr(run)(_empty(term, (B, t)), piece, cotangent)
+    except Exception:  # not made for slices; if it is wrong altogether, the general path says so
+        return None
+    if closed.jaxpr.outvars[0].aval.shape != (B, t):
+        return None
+    return _program(closed, (B, t))
+
+
+def _empty(term: Term, shape_BT: tuple[int, int]) -> dict[str, Any]:
+    token = jax.ShapeDtypeStruct(shape_BT, jnp.float32)
+    return {role: dict.fromkeys(STATISTICS, token) for role in ("policy", *term.roles)}
+
+
+def _abstract(batch: Batch) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), batch)
 
 
 def request(traces: list[Trace], role: str) -> Request:
@@ -157,12 +210,46 @@ def request(traces: list[Trace], role: str) -> Request:
     for found in traces:
         statistics |= found.probe.statistics.get(role, set())
         maps += found.probe.maps.get(role, [])
-    return Request(frozenset(statistics), tuple(maps))
+    logits = any((role, "logits") in found.probe.other_fields for found in traces)
+    return Request(frozenset(statistics), tuple(maps), logits)
 
 
-def _without_mask(jaxpr: jex.Jaxpr) -> list[Any]:
-    """The equations that the values (the first output) depend on."""
-    needed = {jaxpr.outvars[0]} if not isinstance(jaxpr.outvars[0], jex.Literal) else set()
+def _program(closed: Any, shape_BT: tuple[int, int]) -> Program | None:
+    """The operations the outputs depend on, less the length of time; None if one of them mixes tokens."""
+    jaxpr = closed.jaxpr
+    named: dict[Any, Any] = {}
+
+    def operand(v: Any) -> Any:
+        return _constant(v.val) if isinstance(v, jex.Literal) else named[v]
+
+    for number, v in enumerate(jaxpr.invars):
+        named[v] = ("input", number)
+    for v, value in zip(jaxpr.constvars, closed.consts, strict=True):
+        named[v] = _constant(value)
+    program = []
+    for equation in _needed(jaxpr):
+        name, parameters = equation.primitive.name, equation.params
+        inner = parameters.get("jaxpr") or parameters.get("call_jaxpr")
+        if name in CALLS and inner is not None:
+            inner = inner if hasattr(inner, "consts") else jex.ClosedJaxpr(inner, ())
+            detail = _program(inner, shape_BT)
+        elif name in ELEMENTWISE or (name == "broadcast_in_dim" and _keeps_time(equation, shape_BT)):
+            detail = tuple((k, repr(v)) for k, v in sorted(parameters.items()) if k not in LAYOUT)
+        else:
+            return None
+        operands = [operand(v) for v in equation.invars]
+        if detail is None or None in operands:
+            return None
+        program.append((name, detail, operands))
+        for number, out in enumerate(equation.outvars):
+            named[out] = ("result", len(program), number)
+    results = [operand(v) for v in jaxpr.outvars]
+    return None if None in results else (tuple(map(repr, program)), repr(results))
+
+
+def _needed(jaxpr: jex.Jaxpr) -> list[Any]:
+    """The equations that the outputs depend on."""
+    needed = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)}
     kept = []
     for equation in reversed(jaxpr.eqns):
         if any(out in needed for out in equation.outvars):
@@ -171,20 +258,13 @@ def _without_mask(jaxpr: jex.Jaxpr) -> list[Any]:
     return kept[::-1]
 
 
-def _is_tokenwise(equations: list[Any], shape_BT: tuple[int, int]) -> bool:
-    """Whether running these on a slice of time gives that slice of the result."""
-    for equation in equations:
-        name = equation.primitive.name
-        if name in ELEMENTWISE:
-            continue
-        if name == "broadcast_in_dim" and _keeps_time(equation, shape_BT):
-            continue
-        inner = equation.params.get("jaxpr") or equation.params.get("call_jaxpr")
-        if name in CALLS and inner is not None:
-            if _is_tokenwise(list(getattr(inner, "jaxpr", inner).eqns), shape_BT):
-                continue
-        return False
-    return True
+def _constant(value: Any) -> Any:
+    """A scalar as data: its value, or which tracer it is; None for an array."""
+    if jnp.ndim(value) != 0:
+        return None
+    if isinstance(value, jax.core.Tracer):
+        return ("tracer", id(value))
+    return ("scalar", str(jnp.result_type(value)), np.asarray(value).item())
 
 
 def _keeps_time(equation: Any, shape_BT: tuple[int, int]) -> bool:

@@ -74,6 +74,8 @@ def make_step(
             name: dataclasses.replace(role, variables=role_variables[name]) for name, role in frozen.items()
         }
         part = trainable_part(state.variables, trainable)
+        if ema_decay is not None and state.ema is None:
+            raise UserError("ema_decay is set, but the state keeps no average; use init_state(..., ema=True).")
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
 
         def loss(part: Variables, batches: dict[str, Batch], key: jax.Array, weights: Any) -> Any:
@@ -96,6 +98,12 @@ def make_step(
         else:
             weights = term_weights(objective, policy, state.variables, batches, roles)
             gradients, result = _accumulate(gradient_of, part, batches, key, weights, microbatches)
+            # The weights of parts need not add up to that of the whole: a plain sum's is 1 in each.
+            whole = {
+                f"loss/{label}": (result.sums[f"loss/{label}"][0], weight)
+                for label, weight in zip(objective.labels, weights, strict=True)
+            }
+            result = dataclasses.replace(result, sums=result.sums | whole)
 
         norm = optax.global_norm(gradients)
         flags = {
