@@ -95,7 +95,9 @@ def versions() -> dict[str, str]:
 
 
 def main(arguments: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run-dir", default="runs/benchmark_data", help="where results.jsonl is appended to")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--sequence-length", type=int, default=1024)
@@ -124,17 +126,27 @@ def main(arguments: list[str] | None = None) -> dict:
     per_batch = said.batch_size * said.sequence_length
     table = {}
     for name, times in taken.items():
-        row = {"million_tokens_per_second": round(per_batch / statistics.median(times) / 1e6, 1),
-               "milliseconds_per_batch": round(statistics.median(times) * 1e3, 4)}
+        row = {
+            "million_tokens_per_second": round(per_batch / statistics.median(times) / 1e6, 1),
+            "milliseconds_per_batch": round(statistics.median(times) * 1e3, 4),
+        }
         for peer in peers:
             row[f"times {peer}"] = round(statistics.median(p / t for p, t in zip(taken[peer], times)), 2)
         table[name] = row
-        print(f"{name:28s} {row['million_tokens_per_second']:9.1f} M tokens/s  {row['milliseconds_per_batch']:8.4f} ms  "
-              + "  ".join(f"{row[f'times {p}']:6.2f}x {p.split(', ')[1]}" for p in peers))
-    result = {"benchmark": "data", "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-              "batch_size": said.batch_size, "sequence_length": said.sequence_length, "load": list(os.getloadavg()),
-              "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.platform(terse=True)},
-              "versions": versions(), "results": table}
+        print(
+            f"{name:28s} {row['million_tokens_per_second']:9.1f} M tokens/s  {row['milliseconds_per_batch']:8.4f} ms  "
+            + "  ".join(f"{row[f'times {p}']:6.2f}x {p.split(', ')[1]}" for p in peers)
+        )
+    result = {
+        "benchmark": "data",
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "batch_size": said.batch_size,
+        "sequence_length": said.sequence_length,
+        "load": list(os.getloadavg()),
+        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.platform(terse=True)},
+        "versions": versions(),
+        "results": table,
+    }
     os.makedirs(said.run_dir, exist_ok=True)
     with open(os.path.join(said.run_dir, "results.jsonl"), "a", encoding="utf-8") as file:
         file.write(json.dumps(result) + "\n")

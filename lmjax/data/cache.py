@@ -46,7 +46,9 @@ class TokenCache:
         path = os.path.join(self.directory, name)
         if os.path.getsize(path) == 0:
             return np.zeros(0, dtype)
-        return np.asarray(np.memmap(path, dtype, mode="r"))  # a plain view: the memmap subclass is slow to index
+        return np.asarray(
+            np.memmap(path, dtype, mode="r")
+        )  # a plain view: the memmap subclass is slow to index
 
     def tokens(self, split: str) -> np.ndarray:
         """uint16 or uint32 [N], read-only."""
@@ -101,7 +103,9 @@ def open_cache(directory: str | os.PathLike) -> TokenCache:
     except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError):
         raise _broken(directory, "metadata.json is not readable") from None
     if metadata["format"] != FORMAT:
-        raise UserError(f"token cache {directory} has format {metadata['format']}, not {FORMAT}: delete it and run again")
+        raise UserError(
+            f"token cache {directory} has format {metadata['format']}, not {FORMAT}: delete it and run again"
+        )
     for name, said in files.items():
         path = os.path.join(directory, name)
         size = os.path.getsize(path) if os.path.exists(path) else -1
@@ -155,10 +159,14 @@ def build_cache(
             return open_cache(final)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"the disk is full under {root}: free some space or set data.cache_dir; the finished part is "
-                            "kept and the next run continues from it") from None
+            raise UserError(
+                f"the disk is full under {root}: free some space or set data.cache_dir; the finished part is "
+                "kept and the next run continues from it"
+            ) from None
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise UserError(f"cannot write under {root} ({error.strerror}): set data.cache_dir elsewhere") from None
+            raise UserError(
+                f"cannot write under {root} ({error.strerror}): set data.cache_dir elsewhere"
+            ) from None
         raise
 
 
@@ -176,14 +184,21 @@ def _lock(path: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _bar(show: bool, what: str, meter: Callable[[], tuple[int, int | None]] | None) -> Iterator[Callable[[], None]]:
+def _bar(
+    show: bool, what: str, meter: Callable[[], tuple[int, int | None]] | None
+) -> Iterator[Callable[[], None]]:
     if not show or meter is None:
         yield lambda: None
         return
     from rich import progress as rich_progress
 
-    columns = (rich_progress.TextColumn("{task.description}"), rich_progress.BarColumn(),
-               rich_progress.DownloadColumn(), rich_progress.TransferSpeedColumn(), rich_progress.TimeRemainingColumn())
+    columns = (
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.DownloadColumn(),
+        rich_progress.TransferSpeedColumn(),
+        rich_progress.TimeRemainingColumn(),
+    )
     with rich_progress.Progress(*columns, transient=True) as bar:
         task = bar.add_task(what, total=None)
 
@@ -210,9 +225,14 @@ class _Writer:
         prefix = tokenizer.bos if tokenizer.bos is not None else tokenizer.eos
         self.prefix = np.array([prefix] if markers and prefix is not None else [], np.int64)
         self.suffix = np.array([tokenizer.eos] if markers and tokenizer.eos is not None else [], np.int64)
-        names = [f"{split}.{part}" for split in _SPLITS for part in ("tokens", "ends", "bytes")] + ["validation.text"]
-        self.journal: dict = {"documents": 0, "tokens": dict.fromkeys(_SPLITS, 0),
-                              "files": {n: {"size": 0, "crc32": 0} for n in names}}
+        names = [f"{split}.{part}" for split in _SPLITS for part in ("tokens", "ends", "bytes")] + [
+            "validation.text"
+        ]
+        self.journal: dict = {
+            "documents": 0,
+            "tokens": dict.fromkeys(_SPLITS, 0),
+            "files": {n: {"size": 0, "crc32": 0} for n in names},
+        }
         self._recover()
         self.pending: dict[str, list[bytes]] = {n: [] for n in names}
         self.tokens = dict(self.journal["tokens"])
@@ -237,7 +257,9 @@ class _Writer:
             with open(self._path(name), "ab") as file:
                 file.truncate(said["size"])
 
-    def write(self, documents: Iterable[tuple[str, str]], shard_bytes: int, advance: Callable[[], None]) -> None:
+    def write(
+        self, documents: Iterable[tuple[str, str]], shard_bytes: int, advance: Callable[[], None]
+    ) -> None:
         seen = held = size = 0
         texts: list[tuple[str, str]] = []
         for split, text in documents:
@@ -264,8 +286,10 @@ class _Writer:
             raw = text.encode("utf-8", errors="surrogatepass")
             ids = np.concatenate([self.prefix, ids, self.suffix])
             if ids.size and int(ids.max()) >= self.tokenizer.vocab_size:
-                raise UserError(f"the tokenizer gave id {int(ids.max())} for {self.name} but its vocabulary has "
-                                f"{self.tokenizer.vocab_size} ids: the tokenizer file is inconsistent")
+                raise UserError(
+                    f"the tokenizer gave id {int(ids.max())} for {self.name} but its vocabulary has "
+                    f"{self.tokenizer.vocab_size} ids: the tokenizer file is inconsistent"
+                )
             self.tokens[split] += ids.size
             total += len(raw)
             self.pending[f"{split}.tokens"].append(ids.astype(self.dtype).tobytes())
@@ -292,13 +316,29 @@ class _Writer:
         if not any(self.tokens.values()):
             shutil.rmtree(self.directory, ignore_errors=True)
             raise UserError(f"{self.name} is empty: there is no text to train on")
-        splits = {s: {"tokens": self.tokens[s], "documents": files[f"{s}.ends"]["size"] // 8,
-                      "bytes": int(np.fromfile(self._path(f"{s}.bytes"), "<u8").sum())} for s in _SPLITS}
-        metadata = {"format": FORMAT, "fingerprint": fingerprint, "source": self.name, "splits": splits, "files": files,
-                    "dtype": self.dtype.str, "vocab_size": self.tokenizer.vocab_size,
-                    "tokenizer": self.tokenizer.fingerprint(), "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        splits = {
+            s: {
+                "tokens": self.tokens[s],
+                "documents": files[f"{s}.ends"]["size"] // 8,
+                "bytes": int(np.fromfile(self._path(f"{s}.bytes"), "<u8").sum()),
+            }
+            for s in _SPLITS
+        }
+        metadata = {
+            "format": FORMAT,
+            "fingerprint": fingerprint,
+            "source": self.name,
+            "splits": splits,
+            "files": files,
+            "dtype": self.dtype.str,
+            "vocab_size": self.tokenizer.vocab_size,
+            "tokenizer": self.tokenizer.fingerprint(),
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
         self.tokenizer.save(self._path("tokenizer"))
-        write_file(self._path("metadata.json"), json.dumps({**metadata, "checksum": digest(metadata)}, indent=1))
+        write_file(
+            self._path("metadata.json"), json.dumps({**metadata, "checksum": digest(metadata)}, indent=1)
+        )
         os.replace(self.directory, final)
         os.remove(os.path.join(final, "journal.json"))
         folder = os.open(os.path.dirname(final), os.O_RDONLY)

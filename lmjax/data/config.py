@@ -36,9 +36,13 @@ class SourceConfig:
         if self.kind not in KINDS:
             raise UserError(f"data kind {self.kind!r} is unknown: use one of {', '.join(KINDS)}")
         if not (self.weight > 0 and math.isfinite(self.weight)):
-            raise UserError(f"data weight {self.weight} must be a positive number: leave the source out instead")
+            raise UserError(
+                f"data weight {self.weight} must be a positive number: leave the source out instead"
+            )
         if self.kind == "stdlib" and self.path:
-            raise UserError(f"data kind 'stdlib' takes no path, but path is {self.path!r}: set kind to 'auto'")
+            raise UserError(
+                f"data kind 'stdlib' takes no path, but path is {self.path!r}: set kind to 'auto'"
+            )
         if self.kind not in ("auto", "stdlib") and not self.path:
             raise UserError(f"data kind {self.kind!r} needs a path: set data.path")
         if self.separator == "":

@@ -61,16 +61,28 @@ def load(
     if tokenizer is None:
         tokenizer = _tokenizer(config, splits, identities)
     if vocab_size is not None and tokenizer.vocab_size > vocab_size:
-        raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids but the model's vocabulary only {vocab_size}: set "
-                        f"the model's vocab_size to {tokenizer.vocab_size} or more, or use the model's own tokenizer")
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} ids but the model's vocabulary only {vocab_size}: set "
+            f"the model's vocab_size to {tokenizer.vocab_size} or more, or use the model's own tokenizer"
+        )
     caches = []
     for source, split, identity in zip(sources, splits, identities):
-        caches.append(build_cache(
-            config.cache_root(), identity, split, tokenizer, markers=config.document_markers, name=source.name,
-            meter=functools.partial(_meter, source), progress=progress))
+        caches.append(
+            build_cache(
+                config.cache_root(),
+                identity,
+                split,
+                tokenizer,
+                markers=config.document_markers,
+                name=source.name,
+                meter=functools.partial(_meter, source),
+                progress=progress,
+            )
+        )
         if source.skipped:
             logging.getLogger("lmjax.data").warning(
-                "%d files of %s are not UTF-8 text and were left out", source.skipped, source.name)
+                "%d files of %s are not UTF-8 text and were left out", source.skipped, source.name
+            )
     return Dataset(config, caches, tokenizer, batch_size, process_index, process_count)
 
 
@@ -112,7 +124,9 @@ def _split(source: Source, config: DataConfig, all_train: bool) -> Callable[[], 
             return (("train", text) for text in _limited(source, config.max_bytes))
         if rule == "auto":
             enough = int(np.ceil(_EXPECTED_HELD_OUT / fraction))
-            found = sum(1 for _ in itertools.islice((t for t in _limited(source, config.max_bytes) if t), enough))
+            found = sum(
+                1 for _ in itertools.islice((t for t in _limited(source, config.max_bytes) if t), enough)
+            )
             rule = "hash" if found >= enough else "position"
         if rule == "hash":
             return _by_hash(_limited(source, config.max_bytes), fraction)
@@ -141,8 +155,9 @@ def _by_position(texts: Iterable[str], cut: int) -> Iterator[tuple[str, str]]:
         seen += len(text)
 
 
-def _tokenizer(config: DataConfig, splits: Sequence[Callable[[], Iterator[tuple[str, str]]]],
-               identities: Sequence) -> Tokenizer:
+def _tokenizer(
+    config: DataConfig, splits: Sequence[Callable[[], Iterator[tuple[str, str]]]], identities: Sequence
+) -> Tokenizer:
     """The config's tokenizer; a trained one is kept in the cache root."""
     from lmjax.tokenizers import files
     from lmjax.tokenizers.config import TRAINED
@@ -188,8 +203,15 @@ class Dataset:
       plan: which rows each batch holds.
     """
 
-    def __init__(self, config: DataConfig, caches: Sequence[TokenCache], tokenizer: Tokenizer, batch_size: int,
-                 process_index: int = 0, process_count: int = 1):
+    def __init__(
+        self,
+        config: DataConfig,
+        caches: Sequence[TokenCache],
+        tokenizer: Tokenizer,
+        batch_size: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
         self.config, self.caches, self.tokenizer = config, list(caches), tokenizer
         self.vocab_size = tokenizer.vocab_size
         self.batch_size, self._process = batch_size, (process_index, process_count)
@@ -199,19 +221,30 @@ class Dataset:
         self.train_bytes = sum(c.metadata["splits"]["train"]["bytes"] for c in self._train)
         self.validation_tokens = sum(c.metadata["splits"]["validation"]["tokens"] for c in self._held_out)
         if config.validation_fraction > 0 and not config.validation_path and self.validation_tokens == 0:
-            raise UserError("no document was held out for validation: set data.split to 'position', raise "
-                            "data.validation_fraction, or set it to 0 to go without")
+            raise UserError(
+                "no document was held out for validation: set data.split to 'position', raise "
+                "data.validation_fraction, or set it to 0 to go without"
+            )
         rows = [_rows(config, c, "train") for c in self._train]
         for cache, made in zip(self._train, rows):
             if len(made) == 0:
-                raise UserError(f"{cache.metadata['source']} has {cache.metadata['splits']['train']['tokens']} training "
-                                f"tokens, too few for one row of {config.sequence_length}: add text or shorten "
-                                "data.sequence_length")
+                raise UserError(
+                    f"{cache.metadata['source']} has {cache.metadata['splits']['train']['tokens']} training "
+                    f"tokens, too few for one row of {config.sequence_length}: add text or shorten "
+                    "data.sequence_length"
+                )
         self.rows = sum(len(r) for r in rows)
         weights = [s.weight for s in config.sources()]
         self.plan = BatchPlan(rows, batch_size, weights, config.seed, process_index, process_count)
-        self.fingerprint = digest([[c.metadata["fingerprint"] for c in self._train], weights, config.seed,
-                                   config.sequence_length, config.packing])
+        self.fingerprint = digest(
+            [
+                [c.metadata["fingerprint"] for c in self._train],
+                weights,
+                config.seed,
+                config.sequence_length,
+                config.packing,
+            ]
+        )
 
     @property
     def cache_path(self) -> str:
@@ -235,8 +268,15 @@ class Dataset:
         """
         if self.validation_tokens < 2:
             raise UserError("there is no held-out text: set data.validation_fraction or data.validation_path")
-        return Validation([_rows(self.config, c, "validation") for c in self._held_out], self._held_out, self.tokenizer,
-                          batch_size or self.batch_size, max_batches, *self._process, self.config.packing != "crop")
+        return Validation(
+            [_rows(self.config, c, "validation") for c in self._held_out],
+            self._held_out,
+            self.tokenizer,
+            batch_size or self.batch_size,
+            max_batches,
+            *self._process,
+            self.config.packing != "crop",
+        )
 
     def validation_text(self) -> bytes:
         """The held-out text, UTF-8."""
@@ -266,10 +306,21 @@ class Validation(Sequence[Batch]):
     `bytes` and `targets` count over all processes.
     """
 
-    def __init__(self, rows: Sequence[Rows], caches: Sequence[TokenCache], tokenizer: Tokenizer, batch_size: int,
-                 max_batches: int | None, process_index: int, process_count: int, isolated: bool):
+    def __init__(
+        self,
+        rows: Sequence[Rows],
+        caches: Sequence[TokenCache],
+        tokenizer: Tokenizer,
+        batch_size: int,
+        max_batches: int | None,
+        process_index: int,
+        process_count: int,
+        isolated: bool,
+    ):
         if batch_size % process_count:
-            raise UserError(f"batch size {batch_size} does not divide over {process_count} processes: choose a multiple")
+            raise UserError(
+                f"batch size {batch_size} does not divide over {process_count} processes: choose a multiple"
+            )
         self._rows, self._caches, self._tokenizer, self._isolated = rows, caches, tokenizer, isolated
         self._batch_size, self._local = batch_size, batch_size // process_count
         self._offset = process_index * self._local
@@ -331,7 +382,9 @@ class Validation(Sequence[Batch]):
         whole = self.text_bytes()
         if self._whole:
             return whole
-        everything = Validation(self._rows, self._caches, self._tokenizer, self._batch_size, None, 0, 1, self._isolated)
+        everything = Validation(
+            self._rows, self._caches, self._tokenizer, self._batch_size, None, 0, 1, self._isolated
+        )
         return round(whole * self.targets / everything.targets)
 
     def text_bytes(self) -> int:
@@ -344,7 +397,9 @@ class Validation(Sequence[Batch]):
             total += int(cache.document_bytes("validation").sum())
             starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
             special = set(self._tokenizer.specials.values())
-            for i in starts if self._isolated else starts[:1]:  # a stream's or document's first token is not predicted
+            for i in (
+                starts if self._isolated else starts[:1]
+            ):  # a stream's or document's first token is not predicted
                 if int(tokens[i]) not in special:
                     total -= len(self._tokenizer.decode(tokens[i : i + 1].astype(np.int64)).encode())
         return total

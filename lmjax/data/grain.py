@@ -63,7 +63,9 @@ def batches(dataset: Dataset, steps: int | None = None) -> Any:
     """
     grain = _grain()
     source = BatchSource(dataset.plan, steps or _ENDLESS)
-    return grain.MapDataset.source(source).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    return grain.MapDataset.source(source).to_iter_dataset(
+        grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    )
 
 
 def rows(makers: Sequence[Rows], weights: Sequence[float] | None = None, seed: int = 0) -> Any:
@@ -72,7 +74,9 @@ def rows(makers: Sequence[Rows], weights: Sequence[float] | None = None, seed: i
     Batch it with `stack`: `rows(makers).batch(32, batch_fn=stack)`.
     """
     grain = _grain()
-    each = [grain.MapDataset.source(RowSource(m)).shuffle(seed=seed + i).repeat() for i, m in enumerate(makers)]
+    each = [
+        grain.MapDataset.source(RowSource(m)).shuffle(seed=seed + i).repeat() for i, m in enumerate(makers)
+    ]
     return each[0] if len(each) == 1 else grain.MapDataset.mix(each, weights)
 
 

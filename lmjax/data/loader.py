@@ -32,18 +32,29 @@ class BatchPlan:
       process_index, process_count: which slice of each batch is ours.
     """
 
-    def __init__(self, rows: Sequence[Rows], batch_size: int, weights: Sequence[float] | None = None, seed: int = 0,
-                 process_index: int = 0, process_count: int = 1):
+    def __init__(
+        self,
+        rows: Sequence[Rows],
+        batch_size: int,
+        weights: Sequence[float] | None = None,
+        seed: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
         if batch_size < 1:
             raise UserError(f"batch size {batch_size} must be at least 1")
         if batch_size % process_count:
-            raise UserError(f"batch size {batch_size} does not divide over {process_count} processes: choose a multiple")
+            raise UserError(
+                f"batch size {batch_size} does not divide over {process_count} processes: choose a multiple"
+            )
         if not 0 <= process_index < process_count:
             raise UserError(f"process index {process_index} must lie in [0, {process_count})")
         for number, source in enumerate(rows):
             if len(source) == 0:
-                raise UserError(f"source {number} has too little text for one row of {source.sequence_length} tokens: "
-                                "shorten data.sequence_length or add text")
+                raise UserError(
+                    f"source {number} has too little text for one row of {source.sequence_length} tokens: "
+                    "shorten data.sequence_length or add text"
+                )
         self.rows, self.batch_size, self.seed = list(rows), batch_size, seed
         self._local = batch_size // process_count
         self._offset = process_index * self._local
@@ -137,10 +148,14 @@ class BatchIterator(Iterator[Batch]):
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues behind the batches a state has counted; `UserError` if it was taken on other data."""
         if not isinstance(state, dict) or not isinstance(state.get("examples"), int) or state["examples"] < 0:
-            raise UserError(f"data state {state!r} is not one that get_state returned: the checkpoint is damaged")
+            raise UserError(
+                f"data state {state!r} is not one that get_state returned: the checkpoint is damaged"
+            )
         if state.get("data", self._fingerprint) != self._fingerprint:
-            raise UserError(f"the checkpoint's data position was taken on other data ({state['data']}, here "
-                            f"{self._fingerprint}): restore the data settings, or start a new run from its parameters")
+            raise UserError(
+                f"the checkpoint's data position was taken on other data ({state['data']}, here "
+                f"{self._fingerprint}): restore the data settings, or start a new run from its parameters"
+            )
         self.close()
         self._place = state["examples"]
 

@@ -26,7 +26,9 @@ def hash64(seed: int, *words: np.ndarray | int) -> np.ndarray:
     state = mix64(np.uint64(seed % (1 << 64)))
     with np.errstate(over="ignore"):
         for word in words:
-            state = mix64(state * np.uint64(0x9E3779B97F4A7C15) + np.asarray(word).astype(np.uint64) + np.uint64(1))
+            state = mix64(
+                state * np.uint64(0x9E3779B97F4A7C15) + np.asarray(word).astype(np.uint64) + np.uint64(1)
+            )
     return state
 
 
@@ -68,7 +70,9 @@ def permute(index: np.ndarray, length: int, seed: int, epoch: np.ndarray | int =
 def _below(key: np.ndarray, half: np.ndarray, r: int, size: int) -> np.ndarray:
     """A hash of (key, half, round) in [0, size), size < 2^32: int64."""
     with np.errstate(over="ignore"):
-        x = (half.astype(np.uint64) + key) * np.uint64(0x9E3779B97F4A7C15) + np.uint64((r * 0xD1B54A32D192ED03) % 2**64)
+        x = (half.astype(np.uint64) + key) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(
+            (r * 0xD1B54A32D192ED03) % 2**64
+        )
         x = (x ^ (x >> np.uint64(32))) * np.uint64(0xBF58476D1CE4E5B9)
         return (((x >> np.uint64(32)) * np.uint64(size)) >> np.uint64(32)).astype(np.int64)
 

@@ -59,8 +59,11 @@ class _Constants:
     def __call__(self, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if rows not in self._held:
             shape = (rows, self._length)
-            arrays = (np.ones(shape, np.float32), np.ones(shape, np.int32),
-                      np.tile(np.arange(self._length, dtype=np.int32), (rows, 1)))
+            arrays = (
+                np.ones(shape, np.float32),
+                np.ones(shape, np.int32),
+                np.tile(np.arange(self._length, dtype=np.int32), (rows, 1)),
+            )
             for array in arrays:
                 array.flags.writeable = False
             self._held[rows] = arrays
@@ -109,7 +112,11 @@ class BlockRows(_Shuffled):
             first = np.searchsorted(self._ends, starts, side="right")
             counts = np.searchsorted(self._ends, starts + T, side="right") - first
             cut_row = np.repeat(row, counts)
-            which = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(first, counts)
+            which = (
+                np.arange(counts.sum())
+                - np.repeat(np.cumsum(counts) - counts, counts)
+                + np.repeat(first, counts)
+            )
             cut = self._ends[which] - starts[cut_row]  # 1..T: a document ends just before this column
             mask[cut_row, cut - 1] = 0.0
             inside = cut < T
@@ -252,5 +259,10 @@ class PackedRows(_Shuffled):
         targets = np.where(inside, self._tokens[source], 0).astype(np.int32)
         positions = (place - np.repeat(offset, length)).astype(np.int32)
         shape = (B, T)
-        return Batch(tokens.reshape(shape), targets.reshape(shape), inside.astype(np.float32).reshape(shape),
-                     segments.reshape(shape), positions.reshape(shape))
+        return Batch(
+            tokens.reshape(shape),
+            targets.reshape(shape),
+            inside.astype(np.float32).reshape(shape),
+            segments.reshape(shape),
+            positions.reshape(shape),
+        )

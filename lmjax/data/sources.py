@@ -14,7 +14,11 @@ from typing import Any, BinaryIO
 from lmjax.data.config import SourceConfig
 from lmjax.errors import UserError
 
-_EXTENSIONS = {"text": (".txt", ".md", ".text", ".rst"), "jsonl": (".jsonl", ".ndjson"), "parquet": (".parquet",)}
+_EXTENSIONS = {
+    "text": (".txt", ".md", ".text", ".rst"),
+    "jsonl": (".jsonl", ".ndjson"),
+    "parquet": (".parquet",),
+}
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
@@ -74,7 +78,9 @@ def open_source(config: SourceConfig) -> Source:
                     yield from _documents(path, source._raw, kind, config)
             except UnicodeDecodeError as error:
                 if explicit:
-                    raise UserError(f"{path} is not UTF-8 text (byte {error.start}): convert it to UTF-8 first") from None
+                    raise UserError(
+                        f"{path} is not UTF-8 text (byte {error.start}): convert it to UTF-8 first"
+                    ) from None
                 source.skipped += 1
             source._done += size or 0
 
@@ -88,7 +94,9 @@ def _stdlib_files(root: str) -> list[str]:
         folders[:] = sorted(d for d in folders if d not in _LEFT_OUT)
         found += [os.path.join(folder, n) for n in names if n.endswith(".py")]
     if not found:
-        raise UserError(f"this Python carries no standard library source at {root}: set data.path to a text file")
+        raise UserError(
+            f"this Python carries no standard library source at {root}: set data.path to a text file"
+        )
     return sorted(found, key=lambda p: os.path.relpath(p, root).replace(os.sep, "/"))
 
 
@@ -116,10 +124,16 @@ def _find(path: str, kind: str) -> tuple[str, list[str]]:
         return path, found
     path = os.path.expanduser(path)
     if os.path.isdir(path):
-        files = [os.path.join(d, n) for d, _, names in os.walk(path) for n in names
-                 if n.lower().removesuffix(".gz").endswith(_EXTENSIONS[kind])]
+        files = [
+            os.path.join(d, n)
+            for d, _, names in os.walk(path)
+            for n in names
+            if n.lower().removesuffix(".gz").endswith(_EXTENSIONS[kind])
+        ]
         if not files:
-            raise UserError(f"directory {path} holds no {'/'.join(_EXTENSIONS[kind])} file: give a file or a glob")
+            raise UserError(
+                f"directory {path} holds no {'/'.join(_EXTENSIONS[kind])} file: give a file or a glob"
+            )
         return path, sorted(files)
     if os.path.isfile(path):
         return os.path.dirname(path), [path]
@@ -139,8 +153,13 @@ def _identity(path: str, root: str) -> list:
         try:
             info = system.info(inner)
         except Exception as error:
-            raise UserError(f"{path} cannot be read ({type(error).__name__}): check the address and the network") from None
-        return [path, *(str(info.get(k)) for k in ("size", "ETag", "etag", "mtime", "LastModified", "updated"))]
+            raise UserError(
+                f"{path} cannot be read ({type(error).__name__}): check the address and the network"
+            ) from None
+        return [
+            path,
+            *(str(info.get(k)) for k in ("size", "ETag", "etag", "mtime", "LastModified", "updated")),
+        ]
     status = os.stat(path)
     return [os.path.relpath(path, root) if root else path, status.st_size, status.st_mtime_ns]
 
@@ -185,7 +204,9 @@ def _json_lines(path: str, file: BinaryIO, field: str) -> Iterator[str]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(f"{path} line {number} is not JSON ({error.msg}): mend or remove the line") from None
+            raise UserError(
+                f"{path} line {number} is not JSON ({error.msg}): mend or remove the line"
+            ) from None
         yield _text(record, field, f"{path} line {number}")
 
 
@@ -234,8 +255,10 @@ def _huggingface(config: SourceConfig) -> Source:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"Hugging Face dataset {config.path!r} cannot be loaded ({reason})") from None
     if config.text_field not in table.column_names:
-        raise UserError(f"{config.path} has no column {config.text_field!r} (it has: {', '.join(table.column_names)}): "
-                        "set data.text_field")
+        raise UserError(
+            f"{config.path} has no column {config.text_field!r} (it has: {', '.join(table.column_names)}): "
+            "set data.text_field"
+        )
 
     def read() -> Iterator[str]:
         for record in table:

@@ -30,9 +30,18 @@ class StreamingBatches(Iterator[Batch]):
       process_index, process_count: this process takes every process_count-th document.
     """
 
-    def __init__(self, documents: Callable[[], Iterable[str]], tokenizer: Tokenizer, batch_size: int,
-                 sequence_length: int, *, markers: bool = True, repeat: bool = True, process_index: int = 0,
-                 process_count: int = 1):
+    def __init__(
+        self,
+        documents: Callable[[], Iterable[str]],
+        tokenizer: Tokenizer,
+        batch_size: int,
+        sequence_length: int,
+        *,
+        markers: bool = True,
+        repeat: bool = True,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
         self._open, self._tokenizer = documents, tokenizer
         self._shape = (batch_size, sequence_length)
         self._repeat, self._share = repeat, (process_index, process_count)
@@ -102,8 +111,13 @@ class StreamingBatches(Iterator[Batch]):
 
     def get_state(self) -> dict[str, Any]:
         """JSON-able: pass, documents taken, and the remainder."""
-        return {"epoch": self._epoch, "documents": self._taken, "over": self._over,
-                "remainder": self._ids.tolist(), "starts": self._starts.tolist()}
+        return {
+            "epoch": self._epoch,
+            "documents": self._taken,
+            "over": self._over,
+            "remainder": self._ids.tolist(),
+            "starts": self._starts.tolist(),
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues where a state was taken; the documents before it are read past, not tokenized."""
@@ -112,7 +126,9 @@ class StreamingBatches(Iterator[Batch]):
             self._ids = np.array(state["remainder"], np.int32)
             self._starts = np.array(state["starts"], np.int64)
         except (KeyError, TypeError, ValueError):
-            raise UserError("the state of a stream of documents is damaged: use one that get_state returned") from None
+            raise UserError(
+                "the state of a stream of documents is damaged: use one that get_state returned"
+            ) from None
         self._pass = None
 
     def close(self) -> None:

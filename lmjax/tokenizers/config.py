@@ -37,10 +37,14 @@ class TokenizerConfig:
         if self.kind != "file" and self.path:
             raise UserError(f"tokenizer.path is set but kind is {self.kind!r}: set tokenizer.kind to 'file'")
         if self.kind in ("bpe", "wordpiece", "unigram") and self.vocab_size < 2:
-            raise UserError(f"tokenizer.vocab_size is {self.vocab_size}: a trained tokenizer needs at least 2 ids")
+            raise UserError(
+                f"tokenizer.vocab_size is {self.vocab_size}: a trained tokenizer needs at least 2 ids"
+            )
 
     def marks(self) -> tuple[str | None, str | None, str | None]:
         """The texts of (bos, eos, pad) of a tokenizer that is made, not loaded, with "auto" resolved."""
         auto_eos = "<|endoftext|>" if self.kind in ("bpe", "wordpiece", "unigram") else None
-        return tuple(auto if text == "auto" else text for text, auto in zip((self.bos, self.eos, self.pad),
-                                                                           (None, auto_eos, None)))  # type: ignore
+        return tuple(
+            auto if text == "auto" else text
+            for text, auto in zip((self.bos, self.eos, self.pad), (None, auto_eos, None))
+        )  # type: ignore

@@ -25,7 +25,9 @@ class _Simple:
         self._marks = {"bos": bos, "eos": eos, "pad": pad}
         names = list(dict.fromkeys(name for name in self._marks.values() if name is not None))
         self._specials = {name: units + i for i, name in enumerate(names)}
-        self.bos, self.eos, self.pad = (self._specials.get(name) if name else None for name in (bos, eos, pad))
+        self.bos, self.eos, self.pad = (
+            self._specials.get(name) if name else None for name in (bos, eos, pad)
+        )
         self._names = {i: name for name, i in self._specials.items()}
 
     @property
@@ -48,8 +50,10 @@ class _Simple:
     def encode(self, text: str, special: bool = False) -> np.ndarray:
         if not special or not self._specials:
             return self._ordinary(text)
-        parts = [self._ordinary(p) if isinstance(p, str) else np.array([p], np.int32)
-                 for p in pieces(text, self._specials)]
+        parts = [
+            self._ordinary(p) if isinstance(p, str) else np.array([p], np.int32)
+            for p in pieces(text, self._specials)
+        ]
         return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -107,15 +111,18 @@ class CharTokenizer(_Simple):
     def __init__(self, alphabet: str, bos: str | None = None, eos: str | None = None, pad: str | None = None):
         self._alphabet = "".join(sorted(set(alphabet)))
         if not self._alphabet:
-            raise UserError("a character tokenizer needs at least one character: the text it was made from is empty")
+            raise UserError(
+                "a character tokenizer needs at least one character: the text it was made from is empty"
+            )
         self._codes = np.array([ord(c) for c in self._alphabet], np.int64)
         self._table = np.full(int(self._codes[-1]) + 1, -1, np.int32)
         self._table[self._codes] = np.arange(len(self._codes))
         self._mark(len(self._codes), bos, eos, pad)
 
     @classmethod
-    def train(cls, texts: Iterable[str], bos: str | None = None, eos: str | None = None,
-              pad: str | None = None) -> CharTokenizer:
+    def train(
+        cls, texts: Iterable[str], bos: str | None = None, eos: str | None = None, pad: str | None = None
+    ) -> CharTokenizer:
         """The tokenizer of all characters that occur in the texts."""
         alphabet: set[str] = set()
         for text in texts:

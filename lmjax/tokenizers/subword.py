@@ -24,18 +24,24 @@ class SubwordTokenizer:
     """A `tokenizers.Tokenizer` behind our interface.
 
     Args:
-      inner: the library's tokenizer. Its padding, truncation and post-processor (bos, eos, [CLS]) are left out:
-        a document's marks are the data pipeline's affair.
+      inner: the library's tokenizer, or the text of a tokenizer.json. Padding, truncation and post-processor (bos,
+        eos, [CLS]) are left out: a document's marks are the data pipeline's affair.
       bos, eos, pad: text of a token of the vocabulary, None for none, "auto" for the usual names.
     """
 
     kind = "subword"
 
-    def __init__(self, inner: Any, bos: str | None = "auto", eos: str | None = "auto", pad: str | None = "auto"):
-        inner.no_padding()
-        inner.no_truncation()
-        self._inner = inner
-        self._json = inner.to_str()
+    def __init__(
+        self, inner: Any, bos: str | None = "auto", eos: str | None = "auto", pad: str | None = "auto"
+    ):
+        from tokenizers import Tokenizer
+
+        # The text is kept as it came: the library does not read a score back to the last digit it wrote, and a
+        # tokenizer must not drift from one save to the next.
+        parts = json.loads(inner if isinstance(inner, str) else inner.to_str())
+        parts["padding"] = parts["truncation"] = None
+        self._json = json.dumps(parts, ensure_ascii=False)
+        self._inner = inner = Tokenizer.from_str(self._json)
         self._with_specials: Any = None
         inner.encode_special_tokens = True  # "<|endoftext|>" written in a document is text, not a token
         vocabulary = inner.get_vocab(with_added_tokens=True)
@@ -46,7 +52,9 @@ class SubwordTokenizer:
             if text == "auto":
                 text = next((name for name in _USUAL[role] if name in vocabulary), None)
             elif text is not None and text not in vocabulary:
-                raise UserError(f"the {role} token {text!r} is not in this tokenizer's vocabulary: name one that is")
+                raise UserError(
+                    f"the {role} token {text!r} is not in this tokenizer's vocabulary: name one that is"
+                )
             self._marks[role] = text
             setattr(self, role, None if text is None else vocabulary[text])
 
@@ -111,12 +119,21 @@ class SubwordTokenizer:
         write_file(os.path.join(directory, "tokenizer_config.json"), json.dumps(config))
 
 
-def train(kind: str, texts: Iterable[str], vocab_size: int, bos: str | None = None,
-          eos: str | None = "<|endoftext|>", pad: str | None = None) -> SubwordTokenizer:
+def train(
+    kind: str,
+    texts: Iterable[str],
+    vocab_size: int,
+    bos: str | None = None,
+    eos: str | None = "<|endoftext|>",
+    pad: str | None = None,
+) -> SubwordTokenizer:
     """Trains a subword tokenizer.
 
     bpe and unigram work on bytes (GPT-2's byte-level alphabet): any text encodes, and decodes to itself. wordpiece
     splits at white space and punctuation, as BERT's does, and does not keep the white space.
+
+    bpe comes out the same each time. The library's wordpiece and unigram trainers do not (ties and sums follow the
+    order of a hash table): save what you trained, and load it where the same ids are needed.
 
     Args:
       kind: "bpe" (Sennrich et al. 2016), "wordpiece" (Schuster & Nakajima 2012) or "unigram" (Kudo 2018).
@@ -141,7 +158,8 @@ def train(kind: str, texts: Iterable[str], vocab_size: int, bos: str | None = No
     elif kind == "unigram":
         inner = Tokenizer(models.Unigram())
         trainer = trainers.UnigramTrainer(
-            special_tokens=[*specials, "<unk>"], unk_token="<unk>", initial_alphabet=alphabet, **common)
+            special_tokens=[*specials, "<unk>"], unk_token="<unk>", initial_alphabet=alphabet, **common
+        )
     else:
         inner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
         trainer = trainers.WordPieceTrainer(special_tokens=[*specials, "[UNK]"], **common)
@@ -167,13 +185,14 @@ def train(kind: str, texts: Iterable[str], vocab_size: int, bos: str | None = No
     return SubwordTokenizer(inner, bos, eos, pad)
 
 
-def from_file(path: str | os.PathLike, bos: str | None = "auto", eos: str | None = "auto",
-              pad: str | None = "auto") -> SubwordTokenizer:
+def from_file(
+    path: str | os.PathLike, bos: str | None = "auto", eos: str | None = "auto", pad: str | None = "auto"
+) -> SubwordTokenizer:
     """Opens a `tokenizer.json`; a `tokenizer_config.json` beside it says which tokens are bos, eos and pad."""
-    from tokenizers import Tokenizer
-
     try:
-        inner = Tokenizer.from_file(os.fspath(path))
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        SubwordTokenizer(text)
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{path} is not a tokenizer.json that `tokenizers` can read ({error})") from None
     beside = os.path.join(os.path.dirname(os.fspath(path)), "tokenizer_config.json")
@@ -185,18 +204,25 @@ def from_file(path: str | os.PathLike, bos: str | None = "auto", eos: str | None
             if text == "auto" and f"{role}_token" in said:
                 token = said[f"{role}_token"]
                 marks[role] = token["content"] if isinstance(token, dict) else token
-    return SubwordTokenizer(inner, **marks)
+    return SubwordTokenizer(text, **marks)
 
 
-def from_gpt2_files(vocabulary: str | os.PathLike, merges: str | os.PathLike, bos: str | None = "auto",
-                    eos: str | None = "auto", pad: str | None = "auto") -> SubwordTokenizer:
+def from_gpt2_files(
+    vocabulary: str | os.PathLike,
+    merges: str | os.PathLike,
+    bos: str | None = "auto",
+    eos: str | None = "auto",
+    pad: str | None = "auto",
+) -> SubwordTokenizer:
     """GPT-2's own files: `encoder.json` (or `vocab.json`) and `vocab.bpe` (or `merges.txt`)."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     try:
         model = models.BPE.from_file(os.fspath(vocabulary), os.fspath(merges))
     except Exception as error:
-        raise UserError(f"{vocabulary} and {merges} are not a BPE vocabulary and its merges ({error})") from None
+        raise UserError(
+            f"{vocabulary} and {merges} are not a BPE vocabulary and its merges ({error})"
+        ) from None
     inner = Tokenizer(model)
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()

@@ -43,8 +43,11 @@ def contents(directory):
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(documents=st.lists(st.tuples(st.sampled_from(["train", "validation"]), st.text(max_size=20)), min_size=1),
-       markers=st.booleans(), shard=st.integers(1, 60))
+@given(
+    documents=st.lists(st.tuples(st.sampled_from(["train", "validation"]), st.text(max_size=20)), min_size=1),
+    markers=st.booleans(),
+    shard=st.integers(1, 60),
+)
 def test_every_document_comes_back(tmp_path_factory, documents, markers, shard):
     if not any(text for _, text in documents):
         return
@@ -73,8 +76,12 @@ def test_built_once_and_named_by_what_it_depends_on(tmp_path):
 
     again = build_cache(tmp_path, "test", never, TOKENIZER)
     assert again.directory == first.directory and contents(again.directory) == before
-    others = {build(tmp_path, tokenizer=ByteTokenizer()).directory, build(tmp_path, markers=False).directory,
-              build_cache(tmp_path, "other", lambda: iter(DOCUMENTS), TOKENIZER).directory, first.directory}
+    others = {
+        build(tmp_path, tokenizer=ByteTokenizer()).directory,
+        build(tmp_path, markers=False).directory,
+        build_cache(tmp_path, "other", lambda: iter(DOCUMENTS), TOKENIZER).directory,
+        first.directory,
+    }
     assert len(others) == 4
 
 
@@ -109,7 +116,9 @@ def test_an_interrupted_build_continues_and_gives_the_same_cache(tmp_path, stop)
     counting = Counting(eos="<e>")
     continued = build(tmp_path / "killed", tokenizer=counting, shard_bytes=300)
     assert contents(continued.directory) == contents(whole.directory)
-    assert len(encoded) < len([t for _, t in DOCUMENTS if t]) - 4 * stop  # finished shards were not tokenized again
+    assert (
+        len(encoded) < len([t for _, t in DOCUMENTS if t]) - 4 * stop
+    )  # finished shards were not tokenized again
 
 
 def test_kill_9_in_the_middle_of_a_build_loses_at_most_a_shard(tmp_path):
@@ -155,7 +164,9 @@ def test_a_partial_cache_that_lost_bytes_is_begun_anew(tmp_path):
     assert contents(build(tmp_path / "b", shard_bytes=100).directory) == contents(whole.directory)
 
 
-@pytest.mark.parametrize("damage", ["truncate", "grow", "remove", "metadata", "checksum", "no metadata", "format"])
+@pytest.mark.parametrize(
+    "damage", ["truncate", "grow", "remove", "metadata", "checksum", "no metadata", "format"]
+)
 def test_a_damaged_cache_is_refused_with_the_mend(tmp_path, damage):
     made = build(tmp_path)
     tokens, metadata = (os.path.join(made.directory, n) for n in ("train.tokens", "metadata.json"))

@@ -27,8 +27,13 @@ def everything(rows):
 
 def check_batch(batch, ends):
     """What holds for every isolating batch over `corpus`."""
-    for leaf, dtype in ((batch.tokens, np.int32), (batch.targets, np.int32), (batch.segments, np.int32),
-                        (batch.positions, np.int32), (batch.mask, np.float32)):
+    for leaf, dtype in (
+        (batch.tokens, np.int32),
+        (batch.targets, np.int32),
+        (batch.segments, np.int32),
+        (batch.positions, np.int32),
+        (batch.mask, np.float32),
+    ):
         assert leaf.dtype == dtype and leaf.shape == batch.tokens.shape
     counted = batch.mask > 0
     assert (batch.segments[counted] > 0).all()
@@ -102,7 +107,9 @@ def test_documents_that_fit_a_row_are_never_cut(lengths, T):
     pieces = collections.Counter()
     for row in range(len(rows)):
         for s in range(1, batch.segments[row].max() + 1):
-            pieces[int(np.searchsorted(ends, batch.tokens[row][batch.segments[row] == s][0] - 1, side="right"))] += 1
+            pieces[
+                int(np.searchsorted(ends, batch.tokens[row][batch.segments[row] == s][0] - 1, side="right"))
+            ] += 1
     assert set(pieces.values()) == {1}
 
 
