@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = attach(
     submodules=(
         "adafactor",
         "checkpoint",
+        "checkpoint_files",
         "config",
         "flops",
         "layers",
@@ -17,6 +18,7 @@ __getattr__, __dir__, __all__ = attach(
         "plots",
         "prefetch",
         "progress",
+        "recording",
         "run_directory",
         "schedules",
         "state",

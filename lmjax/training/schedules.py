@@ -68,10 +68,15 @@ def make_schedule(config: ScheduleConfig, total_steps: int) -> Schedule:
         end = _cooldown(peak, full.final_fraction, total - start, full.cooldown_shape)
         after = optax.join_schedules([optax.constant_schedule(peak), end], [start - warmup])
     if warmup == 0:
-        return lambda step: jnp.asarray(after(step), jnp.float32)
+        return _float32(after)
     climb = optax.linear_schedule(peak / warmup, peak * (1 + 1 / warmup), warmup)
     joined = optax.join_schedules([climb, after], [warmup])
-    return lambda step: jnp.asarray(joined(step), jnp.float32)
+    return _float32(joined)
+
+
+def _float32(schedule: Schedule) -> Schedule:
+    """Rounding can take a rate that ends at zero below it."""
+    return lambda step: jnp.maximum(jnp.asarray(schedule(step), jnp.float32), 0.0)
 
 
 def _inverse_sqrt(peak: float, warmup: int) -> Schedule:
