@@ -232,9 +232,7 @@ def run(
             if shown is not None:
                 shown.advance(step)
             saving = due(save_every, step) and not last
-            evaluating = evaluate is not None and (
-                due(config.eval_every, step) or last or (saving and ranked)
-            )
+            evaluating = evaluate is not None and (due(config.eval_every, step) or last or (saving and ranked))
             sampling = sample is not None and (due(config.sample_every, step) or last)
             calling = [hook for hook in hooks if due(hook.every, step)]
             if not (saving or evaluating or sampling or calling or last):
@@ -262,10 +260,7 @@ def run(
         recorder.flush()
         interrupted = asked[0] if asked and step < config.steps else None
         if interrupted:
-            say(
-                f"{interrupted}: stopping after step {step}"
-                + (", saving" if checkpointer is not None else "")
-            )
+            say(f"{interrupted}: stopping after step {step}" + (", saving" if checkpointer is not None else ""))
         if checkpointer is not None:
             if saved < step:
                 do_save(step, evaluated=False)

@@ -102,9 +102,7 @@ def _log_if_wide(ax: Any, values: Sequence[float], factor: float) -> None:
     if not values or min(values) <= 0 or max(values) / min(values) < factor:
         return
     ax.set_yscale("log")
-    ax.yaxis.set_major_locator(
-        LogLocator(subs=(1.0, 2.0, 5.0) if max(values) / min(values) < 200 else (1.0,))
-    )
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if max(values) / min(values) < 200 else (1.0,)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
 
@@ -164,9 +162,7 @@ def _throughput(ax: Any, records: Sequence[Record]) -> None:
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     shares = _series(records, "mfu")[1]
     if shares:
-        ax.set_title(
-            f"MFU {100 * sorted(shares)[len(shares) // 2]:.1f} %", loc="right", fontsize=10, color=_INK
-        )
+        ax.set_title(f"MFU {100 * sorted(shares)[len(shares) // 2]:.1f} %", loc="right", fontsize=10, color=_INK)
 
 
 _PANELS = (

@@ -49,9 +49,7 @@ class Recorder:
         self._pending: tuple[int, Mapping[str, Any]] | None = None
         self._flags: list[tuple[int, dict[str, Any]]] = []
         self._in_a_row = 0
-        self._mark: tuple[int, float] | None = (
-            None  # a step that had ended, and when; none before the first compile
-        )
+        self._mark: tuple[int, float] | None = None  # a step that had ended, and when; none before the first compile
         self._first = start + 1
         self.skipped = 0
         self.latest: dict[str, float] = {}
@@ -62,9 +60,7 @@ class Recorder:
             self._read_pending()
         if self._flags and step % self._check_every == 0:
             self._check_flags()
-        flags = {
-            name[len(NONFINITE) :]: value for name, value in metrics.items() if name.startswith(NONFINITE)
-        }
+        flags = {name[len(NONFINITE) :]: value for name, value in metrics.items() if name.startswith(NONFINITE)}
         if flags:
             self._flags.append((step, flags))
         if step % self._log_every == 0 or step == 1 or last:

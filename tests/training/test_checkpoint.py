@@ -89,9 +89,7 @@ def test_round_trip_of_state_data_and_metadata(tmp_path, kind):
     assert meta["leaves"]["variables/params/embed/embedding"] == ["bfloat16", [5, 4]]
 
 
-@pytest.mark.parametrize(
-    "written, read", [("single", "stacked"), ("stacked", "single"), ("stacked", "stacked")]
-)
+@pytest.mark.parametrize("written, read", [("single", "stacked"), ("stacked", "single"), ("stacked", "stacked")])
 def test_stacked_and_single_layers_share_one_format(tmp_path, written, read):
     layout = dict(to_disk=unstack_layers, from_disk=stack_layers)
     if read == "single":
@@ -131,11 +129,7 @@ def test_restores_onto_another_mesh(tmp_path, layers):
         checkpointer.save(1, state)
 
     def spec(leaf):
-        return (
-            PartitionSpec(*(None,) * (leaf.ndim - 1), "a")
-            if leaf.ndim and leaf.shape[-1] == 8
-            else PartitionSpec()
-        )
+        return PartitionSpec(*(None,) * (leaf.ndim - 1), "a") if leaf.ndim and leaf.shape[-1] == 8 else PartitionSpec()
 
     target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec(x))), state
@@ -158,9 +152,7 @@ def test_saving_is_safe_while_the_step_donates_the_state(tmp_path, layers):
         state = step(state)
     jax.block_until_ready(state)
     checkpointer.close()
-    assert_same(
-        Checkpointer(tmp_path, to_disk=unstack_layers, from_disk=stack_layers).restore(state).state, expected
-    )
+    assert_same(Checkpointer(tmp_path, to_disk=unstack_layers, from_disk=stack_layers).restore(state).state, expected)
 
 
 def test_restored_state_can_be_donated(tmp_path):
@@ -211,9 +203,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, how):
 def test_a_checkpoint_of_another_model_is_refused_before_its_arrays_are_read(tmp_path, monkeypatch):
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(1, make_state())
-    monkeypatch.setattr(
-        "lmjax.training.checkpoint._restore_tree", lambda *args: pytest.fail("read the arrays")
-    )
+    monkeypatch.setattr("lmjax.training.checkpoint._restore_tree", lambda *args: pytest.fail("read the arrays"))
     other = Checkpointer(tmp_path)
     message = (
         r"another model: leaf variables/params/embed/embedding is bfloat16\[5,4\] there and bfloat16\[5,6\] "
@@ -293,9 +283,7 @@ with Checkpointer(sys.argv[1]) as checkpointer:
 
 
 def test_a_write_that_fails_half_way_leaves_earlier_checkpoints(tmp_path):
-    out = subprocess.run(
-        [sys.executable, "-c", WRITE_TOO_MUCH, str(tmp_path)], capture_output=True, text=True
-    )
+    out = subprocess.run([sys.executable, "-c", WRITE_TOO_MUCH, str(tmp_path)], capture_output=True, text=True)
     assert "could not be written" in out.stdout, out.stderr
     assert len(out.stdout.strip().splitlines()) == 1
     assert os.listdir(tmp_path) == ["step_00000001"]

