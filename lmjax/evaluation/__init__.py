@@ -1,0 +1,13 @@
+"""Evaluation: how good a model is, whatever trained it."""
+
+from lmjax._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    submodules=("baselines", "perplexity", "windows"),
+    names={
+        "baselines": ["bigram_score", "gzip_bits_per_byte"],
+        "perplexity": ["Score", "evaluate_batches"],
+        "windows": ["TextBatches", "document_batches", "sliding_batches"],
+    },
+)
