@@ -2,15 +2,16 @@
 
     python -m experiments.benchmark_data --run-dir runs/benchmark_data
 
-The peer is nanoGPT's recipe (karpathy/nanoGPT, train.py): open the memmap, draw random places, slice, cast to int64 and stack row by
-row. It runs with NumPy, and with PyTorch as published where that is installed. Loaders alternate; figures are the
-median over rounds, ratios the median of the ratios within a round. The page cache is warm. Results are appended to
-`results.jsonl` in the run directory.
+The peer is nanoGPT's recipe (karpathy/nanoGPT, train.py): open the memmap, draw random places, slice, cast to
+int64 and stack row by row. It runs with NumPy, and with PyTorch as published where that is installed. Loaders
+alternate; figures are the median over rounds, ratios the median of the ratios within a round. The page cache
+is warm. Results are appended to `results.jsonl` in the run directory.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -25,7 +26,7 @@ from collections.abc import Callable
 import numpy as np
 
 from lmjax.data.loader import BatchIterator, BatchPlan
-from lmjax.data.packing import BlockRows, CropRows, PackedRows
+from lmjax.data.packing import BlockRows, CropRows, PackedRows, Rows
 
 
 def nanogpt_numpy(path: str, batch: int, length: int) -> Callable[[], object]:
@@ -59,7 +60,7 @@ def nanogpt_torch(path: str, batch: int, length: int) -> Callable[[], object]:
 def loaders(path: str, ends: np.ndarray, batch: int, length: int) -> dict[str, Callable[[], object]]:
     """All contenders by name; each call makes one batch."""
     tokens = np.asarray(np.memmap(path, np.uint16, mode="r"))
-    makers = {
+    makers: dict[str, Rows] = {
         "blocks": BlockRows(tokens, length),
         "crop": CropRows(tokens, length),
         "stream, isolated": BlockRows(tokens, length, ends),
@@ -87,17 +88,13 @@ def versions() -> dict[str, str]:
     """Python and the packages that matter here."""
     found = {"python": platform.python_version()}
     for name in ("numpy", "torch", "jax"):
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            pass
     return found
 
 
 def main(arguments: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", default="runs/benchmark_data", help="where results.jsonl is appended to")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--sequence-length", type=int, default=1024)
@@ -133,8 +130,9 @@ def main(arguments: list[str] | None = None) -> dict:
         for peer in peers:
             row[f"times {peer}"] = round(statistics.median(p / t for p, t in zip(taken[peer], times)), 2)
         table[name] = row
+        rate, cost = row["million_tokens_per_second"], row["milliseconds_per_batch"]
         print(
-            f"{name:28s} {row['million_tokens_per_second']:9.1f} M tokens/s  {row['milliseconds_per_batch']:8.4f} ms  "
+            f"{name:28s} {rate:9.1f} M tokens/s  {cost:8.4f} ms  "
             + "  ".join(f"{row[f'times {p}']:6.2f}x {p.split(', ')[1]}" for p in peers)
         )
     result = {

@@ -1,21 +1,34 @@
 """Text to batches: sources, a token cache, packing, deterministic order, exact resume.
 
-`load(config, batch_size)` gives a `Dataset`: its `train()` iterator, its `validation()` batches, its tokenizer.
+`load(config, batch_size)` gives a `Dataset`: its `train()` iterator, its `validation()` batches.
 """
 
 from lmjax._lazy import attach
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
-    submodules=("cache", "config", "dataset", "grain", "loader", "order", "packing", "sources", "streaming"),
+    submodules=(
+        "cache",
+        "config",
+        "dataset",
+        "grain",
+        "loader",
+        "order",
+        "packing",
+        "sources",
+        "splits",
+        "streaming",
+        "validation",
+    ),
     names={
         "config": ["DataConfig", "SourceConfig"],
-        "dataset": ["Dataset", "Validation", "load"],
+        "dataset": ["Dataset", "load"],
         "cache": ["TokenCache", "build_cache", "open_cache"],
         "loader": ["BatchIterator", "BatchPlan"],
         "order": ["mixture_schedule", "permute"],
         "packing": ["BlockRows", "CropRows", "PackedRows"],
         "sources": ["Source", "open_source"],
         "streaming": ["StreamingBatches"],
+        "validation": ["Validation"],
     },
 )

@@ -1,9 +1,10 @@
 """The token cache: a corpus tokenized once, memory-mapped ever after.
 
-A cache is a directory named by its fingerprint. For each split it holds raw little-endian arrays: `SPLIT.tokens`
-(uint16 or uint32 [N]), `SPLIT.ends` (uint64 [D], where each document ends) and `SPLIT.bytes` (uint64 [D], its UTF-8
-length); the held-out text itself in `validation.text`; the tokenizer; and `metadata.json`. It is written as
-NAME.partial, shard by shard with a journal, and renamed when it is whole: a kill at any moment costs one shard.
+A cache is a directory named by its fingerprint. For each split it holds raw little-endian arrays:
+`SPLIT.tokens` (uint16 or uint32 [N]), `SPLIT.ends` (uint64 [D], where each document ends) and `SPLIT.bytes`
+(uint64 [D], its UTF-8 length); the held-out text itself in `validation.text`; the tokenizer; and
+`metadata.json`. It is written as NAME.partial, shard by shard with a journal, and renamed when it is whole: a
+kill at any moment costs one shard.
 """
 
 from __future__ import annotations
@@ -46,9 +47,7 @@ class TokenCache:
         path = os.path.join(self.directory, name)
         if os.path.getsize(path) == 0:
             return np.zeros(0, dtype)
-        return np.asarray(
-            np.memmap(path, dtype, mode="r")
-        )  # a plain view: the memmap subclass is slow to index
+        return np.asarray(np.memmap(path, dtype, mode="r"))  # a plain view: the memmap subclass is slow to index
 
     def tokens(self, split: str) -> np.ndarray:
         """uint16 or uint32 [N], read-only."""
@@ -89,7 +88,7 @@ def _broken(directory: str, what: str) -> UserError:
 
 
 def open_cache(directory: str | os.PathLike) -> TokenCache:
-    """Opens a finished cache. Sizes are checked against the metadata, and the metadata against its checksum."""
+    """Opens a finished cache, sizes checked against the metadata and that against its checksum."""
     directory = os.fspath(directory)
     try:
         with open(os.path.join(directory, "metadata.json"), encoding="utf-8") as file:
@@ -127,7 +126,7 @@ def build_cache(
     name: str = "corpus",
     progress: bool = False,
 ) -> TokenCache:
-    """The cache of these documents and this tokenizer: opened if it is there, continued if it was begun, else made.
+    """The cache of these documents and this tokenizer: opened if there, continued if begun, else made.
 
     Args:
       root: directory of caches.
@@ -164,9 +163,7 @@ def build_cache(
                 "kept and the next run continues from it"
             ) from None
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise UserError(
-                f"cannot write under {root} ({error.strerror}): set data.cache_dir elsewhere"
-            ) from None
+            raise UserError(f"cannot write under {root} ({error.strerror}): set data.cache_dir elsewhere") from None
         raise
 
 
@@ -184,9 +181,7 @@ def _lock(path: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _bar(
-    show: bool, what: str, meter: Callable[[], tuple[int, int | None]] | None
-) -> Iterator[Callable[[], None]]:
+def _bar(show: bool, what: str, meter: Callable[[], tuple[int, int | None]] | None) -> Iterator[Callable[[], None]]:
     if not show or meter is None:
         yield lambda: None
         return
@@ -225,9 +220,7 @@ class _Writer:
         prefix = tokenizer.bos if tokenizer.bos is not None else tokenizer.eos
         self.prefix = np.array([prefix] if markers and prefix is not None else [], np.int64)
         self.suffix = np.array([tokenizer.eos] if markers and tokenizer.eos is not None else [], np.int64)
-        names = [f"{split}.{part}" for split in _SPLITS for part in ("tokens", "ends", "bytes")] + [
-            "validation.text"
-        ]
+        names = [f"{split}.{part}" for split in _SPLITS for part in ("tokens", "ends", "bytes")] + ["validation.text"]
         self.journal: dict = {
             "documents": 0,
             "tokens": dict.fromkeys(_SPLITS, 0),
@@ -257,9 +250,7 @@ class _Writer:
             with open(self._path(name), "ab") as file:
                 file.truncate(said["size"])
 
-    def write(
-        self, documents: Iterable[tuple[str, str]], shard_bytes: int, advance: Callable[[], None]
-    ) -> None:
+    def write(self, documents: Iterable[tuple[str, str]], shard_bytes: int, advance: Callable[[], None]) -> None:
         seen = held = size = 0
         texts: list[tuple[str, str]] = []
         for split, text in documents:
@@ -336,9 +327,7 @@ class _Writer:
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         self.tokenizer.save(self._path("tokenizer"))
-        write_file(
-            self._path("metadata.json"), json.dumps({**metadata, "checksum": digest(metadata)}, indent=1)
-        )
+        write_file(self._path("metadata.json"), json.dumps({**metadata, "checksum": digest(metadata)}, indent=1))
         os.replace(self.directory, final)
         os.remove(os.path.join(final, "journal.json"))
         folder = os.open(os.path.dirname(final), os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""What a run reads. Plain data: importing this imports nothing else of the library but the tokenizer's config."""
+"""What a run reads. Plain data: importing this imports neither JAX nor NumPy."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class SourceConfig:
     """One source of documents."""
 
     kind: str = "auto"
-    """stdlib (source text of the running Python's standard library), text, jsonl, parquet, huggingface, or auto: by
-    the extension; stdlib where no path is given."""
+    """stdlib (source text of the running Python's standard library), text, jsonl, parquet, huggingface, or
+    auto: by the extension, stdlib where no path is given."""
     path: str = ""
     """A file, a directory, a glob, a URL, or the name of a Hugging Face dataset (NAME or NAME:CONFIG)."""
     text_field: str = "text"
     """The field or column that holds the text, in jsonl, parquet and huggingface."""
     separator: str | None = None
-    """Text that parts the documents of a text file, such as <|endoftext|>; None: each file is one document."""
+    """Text that parts the documents of a text file, such as <|endoftext|>; None: a file is one."""
     subset: str = "train"
     """The split of a Hugging Face dataset."""
     weight: float = 1.0
@@ -36,13 +36,9 @@ class SourceConfig:
         if self.kind not in KINDS:
             raise UserError(f"data kind {self.kind!r} is unknown: use one of {', '.join(KINDS)}")
         if not (self.weight > 0 and math.isfinite(self.weight)):
-            raise UserError(
-                f"data weight {self.weight} must be a positive number: leave the source out instead"
-            )
+            raise UserError(f"data weight {self.weight} must be a positive number: leave the source out instead")
         if self.kind == "stdlib" and self.path:
-            raise UserError(
-                f"data kind 'stdlib' takes no path, but path is {self.path!r}: set kind to 'auto'"
-            )
+            raise UserError(f"data kind 'stdlib' takes no path, but path is {self.path!r}: set kind to 'auto'")
         if self.kind not in ("auto", "stdlib") and not self.path:
             raise UserError(f"data kind {self.kind!r} needs a path: set data.path")
         if self.separator == "":
@@ -75,18 +71,18 @@ class DataConfig(SourceConfig):
     validation_fraction: float = 0.1
     """The part held out where there is no validation_path."""
     split: str = "auto"
-    """hash: a document is held out by the hash of its text; position: the last part of the text is; auto: hash where
-    some ten documents or more can be expected to be held out, position where there are fewer."""
+    """hash: a document is held out by the hash of its text; position: the last part of the text is; auto:
+    hash where ten documents or more can be expected to be held out, position where there are fewer."""
     max_bytes: int = 0
     """Read only the first so many UTF-8 bytes of each source; 0: all."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     sequence_length: int = 256
     """T: positions of a row."""
     packing: str = "stream"
-    """stream: consecutive blocks of T, documents isolated by segment ids; best_fit: whole documents packed into rows;
-    crop: windows at random places of the joined text, not isolated (nanoGPT's way)."""
+    """stream: consecutive blocks of T, documents isolated by segment ids; best_fit: whole documents packed
+    into rows; crop: windows at random places of the joined text, not isolated (nanoGPT's way)."""
     document_markers: bool = True
-    """Put the tokenizer's bos (or else its eos) before each document and its eos after it, where it has them."""
+    """Put the tokenizer's bos (or else its eos) before each document and its eos after it."""
     seed: int = 0
     """Order of the training examples."""
     cache_dir: str = ""

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import itertools
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from lmjax.batch import Batch
+from lmjax.data import splits as splits_module
 from lmjax.data.cache import TokenCache, build_cache
 from lmjax.data.config import DataConfig
 from lmjax.data.loader import BatchIterator, BatchPlan
 from lmjax.data.packing import BlockRows, CropRows, PackedRows, Rows
 from lmjax.data.sources import Source, open_source
+from lmjax.data.validation import Validation
 from lmjax.errors import UserError
 from lmjax.tokenizers.base import Tokenizer, digest
 
-_EXPECTED_HELD_OUT = 10  # documents; with fewer, a split by hash could leave none
 _TRAINING_CHARACTERS = 512 << 20  # of the corpus, a tokenizer is trained on no more than this
 
 
@@ -51,9 +50,9 @@ def load(
     sources = [open_source(s) for s in config.sources()]
     held_out = None
     if config.validation_path:
-        held_out = open_source(_like(config, config.validation_path))
-    splits = [_split(s, config, held_out is not None) for s in sources]
-    identities = [[s.identity, config.max_bytes, *_split_rule(config)] for s in sources]
+        held_out = open_source(splits_module.like(config, config.validation_path))
+    splits = [splits_module.split(s, config, held_out is not None) for s in sources]
+    identities = [[s.identity, config.max_bytes, *splits_module.rule_identity(config)] for s in sources]
     if held_out is not None:
         splits.append(lambda: (("validation", text) for text in held_out.read()))
         identities.append([held_out.identity, "validation"])
@@ -86,73 +85,8 @@ def load(
     return Dataset(config, caches, tokenizer, batch_size, process_index, process_count)
 
 
-def _like(config: DataConfig, path: str):
-    import dataclasses
-
-    own = config.sources()[0]
-    kind = own.kind if own.kind != "stdlib" else "auto"
-    return dataclasses.replace(own, path=path, kind=kind)
-
-
 def _meter(source: Source) -> tuple[int, int | None]:
     return source.position(), source.size
-
-
-def _split_rule(config: DataConfig) -> tuple:
-    return ("train",) if config.validation_path else (config.split, config.validation_fraction)
-
-
-def _limited(source: Source, max_bytes: int) -> Iterator[str]:
-    left = max_bytes
-    for text in source.read():
-        if max_bytes:
-            raw = text.encode("utf-8", errors="surrogatepass")
-            if len(raw) >= left:
-                yield raw[:left].decode("utf-8", errors="ignore")
-                return
-            left -= len(raw)
-        yield text
-
-
-def _split(source: Source, config: DataConfig, all_train: bool) -> Callable[[], Iterator[tuple[str, str]]]:
-    """A function that opens a pass over (split, text)."""
-    fraction = 0.0 if all_train else config.validation_fraction
-
-    def documents() -> Iterator[tuple[str, str]]:
-        rule = config.split
-        if fraction == 0:
-            return (("train", text) for text in _limited(source, config.max_bytes))
-        if rule == "auto":
-            enough = int(np.ceil(_EXPECTED_HELD_OUT / fraction))
-            found = sum(
-                1 for _ in itertools.islice((t for t in _limited(source, config.max_bytes) if t), enough)
-            )
-            rule = "hash" if found >= enough else "position"
-        if rule == "hash":
-            return _by_hash(_limited(source, config.max_bytes), fraction)
-        total = sum(len(text) for text in _limited(source, config.max_bytes))
-        return _by_position(_limited(source, config.max_bytes), int(total * (1 - fraction)))
-
-    return documents
-
-
-def _by_hash(texts: Iterable[str], fraction: float) -> Iterator[tuple[str, str]]:
-    """The same text always falls on the same side, so a duplicate cannot leak from one into the other."""
-    for text in texts:
-        raw = text.encode("utf-8", errors="surrogatepass")
-        number = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
-        yield ("validation" if number < fraction * 2**64 else "train"), text
-
-
-def _by_position(texts: Iterable[str], cut: int) -> Iterator[tuple[str, str]]:
-    seen = 0
-    for text in texts:
-        here = min(max(cut - seen, 0), len(text))
-        if here:
-            yield "train", text[:here]
-        if here < len(text):
-            yield "validation", text[here:]
-        seen += len(text)
 
 
 def _tokenizer(
@@ -298,108 +232,3 @@ def _rows(config: DataConfig, cache: TokenCache, split: str) -> Rows:
     if config.packing == "stream":
         return BlockRows(tokens, T, cache.ends(split))
     return CropRows(tokens, T) if split == "train" else BlockRows(tokens, T)
-
-
-class Validation(Sequence[Batch]):
-    """Fixed batches that cover the held-out text; the last one is filled up with rows of padding.
-
-    `bytes` and `targets` count over all processes.
-    """
-
-    def __init__(
-        self,
-        rows: Sequence[Rows],
-        caches: Sequence[TokenCache],
-        tokenizer: Tokenizer,
-        batch_size: int,
-        max_batches: int | None,
-        process_index: int,
-        process_count: int,
-        isolated: bool,
-    ):
-        if batch_size % process_count:
-            raise UserError(
-                f"batch size {batch_size} does not divide over {process_count} processes: choose a multiple"
-            )
-        self._rows, self._caches, self._tokenizer, self._isolated = rows, caches, tokenizer, isolated
-        self._batch_size, self._local = batch_size, batch_size // process_count
-        self._offset = process_index * self._local
-        self._first = np.cumsum([0, *(len(r) for r in rows)])
-        self._batches = -(-int(self._first[-1]) // batch_size)
-        self._whole = max_batches is None or max_batches >= self._batches
-        self._length = self._batches if self._whole else int(max_batches or 0)
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index):  # type: ignore[override]
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"validation batch {index} of {len(self)}")
-        return self._gather(index % len(self) * self._batch_size + self._offset, self._local)
-
-    def _gather(self, first: int, count: int) -> Batch:
-        parts: list[Batch] = []
-        for rows, begin, end in zip(self._rows, self._first, self._first[1:]):
-            inside = np.arange(max(first, begin), min(first + count, end)) - begin
-            if inside.size:
-                parts.append(rows.gather(inside))
-        missing = count - sum(len(p.tokens) for p in parts)
-        if missing:
-            T = self._rows[0].sequence_length
-            ids, weight = np.zeros((missing, T), np.int32), np.zeros((missing, T), np.float32)
-            parts.append(Batch(ids, ids, weight, ids, ids))
-        fields = ("tokens", "targets", "mask", "segments", "positions")
-        return Batch(*(np.concatenate([getattr(p, f) for p in parts]) for f in fields))
-
-    @functools.cached_property
-    def _counts(self) -> tuple[int, int]:
-        """(targets, bytes of the targets if ids have fixed lengths, else 0)."""
-        table = self._tokenizer.token_bytes()
-        targets = total = 0
-        for i in range(len(self)):
-            batch = self._gather(i * self._batch_size, self._batch_size)
-            counted = batch.targets[batch.mask > 0]
-            targets += counted.size
-            total += 0 if table is None else int(table[counted].sum(dtype=np.int64))
-        return targets, total
-
-    @property
-    def targets(self) -> int:
-        """Targets with weight, which is what losses are averaged over."""
-        return self._counts[0]
-
-    @functools.cached_property
-    def bytes(self) -> int:
-        """UTF-8 bytes of text that these targets stand for: bits per byte = nats / ln 2 / bytes.
-
-        Exact for tokenizers whose ids have fixed lengths, and for any tokenizer over the whole held-out text; an
-        estimate in proportion to the targets for another tokenizer (WordPiece, SentencePiece) with `max_batches`.
-        """
-        if self._tokenizer.token_bytes() is not None:
-            return self._counts[1]
-        whole = self.text_bytes()
-        if self._whole:
-            return whole
-        everything = Validation(
-            self._rows, self._caches, self._tokenizer, self._batch_size, None, 0, 1, self._isolated
-        )
-        return round(whole * self.targets / everything.targets)
-
-    def text_bytes(self) -> int:
-        """Bytes of the whole held-out text less what its unpredicted tokens stand for, from document lengths."""
-        total = 0
-        for cache in self._caches:
-            tokens, ends = cache.tokens("validation"), cache.ends("validation")
-            if not tokens.size:
-                continue
-            total += int(cache.document_bytes("validation").sum())
-            starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
-            special = set(self._tokenizer.specials.values())
-            for i in (
-                starts if self._isolated else starts[:1]
-            ):  # a stream's or document's first token is not predicted
-                if int(tokens[i]) not in special:
-                    total -= len(self._tokenizer.decode(tokens[i : i + 1].astype(np.int64)).encode())
-        return total

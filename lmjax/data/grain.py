@@ -1,8 +1,8 @@
 """The same data as Grain datasets, for pipelines that want Grain's transformations, workers or checkpoints.
 
-`batches(dataset)` is the whole pipeline with one element a batch: Grain's per-element costs are paid once a batch,
-not once a row. `rows(...)` gives single rows, to shuffle, mix and batch with Grain's own operators. Importing Grain
-takes about a second, so it happens here and nowhere else.
+`batches(dataset)` is the whole pipeline with one element a batch: Grain's per-element costs are paid once a
+batch, not once a row. `rows(...)` gives single rows, to shuffle, mix and batch with Grain's own operators.
+Importing Grain takes about a second, so it happens here and nowhere else.
 """
 
 from __future__ import annotations
@@ -57,15 +57,13 @@ class RowSource:
 
 
 def batches(dataset: Dataset, steps: int | None = None) -> Any:
-    """`grain.IterDataset` of training batches, equal to `dataset.train()`; its iterators checkpoint by themselves.
+    """`grain.IterDataset` of training batches, equal to `dataset.train()`; its iterators checkpoint.
 
     Reads in the calling thread: Grain's default of 16 threads is slower for work this small.
     """
     grain = _grain()
     source = BatchSource(dataset.plan, steps or _ENDLESS)
-    return grain.MapDataset.source(source).to_iter_dataset(
-        grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    )
+    return grain.MapDataset.source(source).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
 
 
 def rows(makers: Sequence[Rows], weights: Sequence[float] | None = None, seed: int = 0) -> Any:
@@ -74,9 +72,7 @@ def rows(makers: Sequence[Rows], weights: Sequence[float] | None = None, seed: i
     Batch it with `stack`: `rows(makers).batch(32, batch_fn=stack)`.
     """
     grain = _grain()
-    each = [
-        grain.MapDataset.source(RowSource(m)).shuffle(seed=seed + i).repeat() for i, m in enumerate(makers)
-    ]
+    each = [grain.MapDataset.source(RowSource(m)).shuffle(seed=seed + i).repeat() for i, m in enumerate(makers)]
     return each[0] if len(each) == 1 else grain.MapDataset.mix(each, weights)
 
 

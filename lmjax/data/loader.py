@@ -1,7 +1,8 @@
-"""Batches in a fixed, seeded order: batch number s is a pure function of (seed, s), so resuming is one integer."""
+"""Batches in a fixed, seeded order: batch s is a pure function of (seed, s), so a state is one integer."""
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -20,9 +21,10 @@ _CHUNK = 4096  # places whose rows are looked up together: the permutation costs
 class BatchPlan:
     """Which rows each batch holds.
 
-    The training stream is an endless sequence of places. With one source, place p is row `draw(p)` of it: each epoch
-    is a permutation. With several, a periodic schedule spreads the places over the sources in exact proportion. Batch
-    s covers the places from s * batch_size on; the processes share each batch in equal slices.
+    The training stream is an endless sequence of places. With one source, place p is row `draw(p)` of it:
+    each epoch is a permutation. With several, a periodic schedule spreads the places over the sources in
+    exact proportion. Batch s covers the places from s * batch_size on; the processes share each batch in
+    equal slices.
 
     Args:
       rows: the rows of each source; all of one sequence length.
@@ -114,8 +116,8 @@ class BatchPlan:
 class BatchIterator(Iterator[Batch]):
     """Endless iterator over a plan, with prefetch in a thread and a state of one integer.
 
-    `get_state` counts what was handed out, never what was prefetched. The state names the data it was taken on
-    (`fingerprint`), and does not depend on batch size or process count: a run may resume with others.
+    `get_state` counts what was handed out, never what was prefetched. The state names the data it was taken
+    on (`fingerprint`), and does not depend on batch size or process count: a run may resume with others.
 
     Args:
       plan: where batches come from.
@@ -148,9 +150,7 @@ class BatchIterator(Iterator[Batch]):
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues behind the batches a state has counted; `UserError` if it was taken on other data."""
         if not isinstance(state, dict) or not isinstance(state.get("examples"), int) or state["examples"] < 0:
-            raise UserError(
-                f"data state {state!r} is not one that get_state returned: the checkpoint is damaged"
-            )
+            raise UserError(f"data state {state!r} is not one that get_state returned: the checkpoint is damaged")
         if state.get("data", self._fingerprint) != self._fingerprint:
             raise UserError(
                 f"the checkpoint's data position was taken on other data ({state['data']}, here "
@@ -200,8 +200,6 @@ class _Worker:
     def stop(self) -> None:
         self._stopped.set()
         while self._thread.is_alive():
-            try:
+            with contextlib.suppress(queue.Empty):
                 self._ready.get_nowait()
-            except queue.Empty:
-                pass
             self._thread.join(timeout=0.01)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fractions
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,7 @@ _ROUNDS = 6
 _FINEST = 1 << 16  # longest period of a mixture
 
 
-def mix64(x: np.ndarray | int) -> np.ndarray:
+def mix64(x: Any) -> np.ndarray:
     """SplitMix64's finalizer: uint64 to uint64, a bijection (Steele et al. 2014)."""
     x = np.asarray(x, np.uint64)
     with np.errstate(over="ignore"):
@@ -26,17 +27,15 @@ def hash64(seed: int, *words: np.ndarray | int) -> np.ndarray:
     state = mix64(np.uint64(seed % (1 << 64)))
     with np.errstate(over="ignore"):
         for word in words:
-            state = mix64(
-                state * np.uint64(0x9E3779B97F4A7C15) + np.asarray(word).astype(np.uint64) + np.uint64(1)
-            )
+            state = mix64(state * np.uint64(0x9E3779B97F4A7C15) + np.asarray(word).astype(np.uint64) + np.uint64(1))
     return state
 
 
 def permute(index: np.ndarray, length: int, seed: int, epoch: np.ndarray | int = 0) -> np.ndarray:
     """Where a seeded permutation of range(length) sends `index`, for each epoch another one.
 
-    A Feistel network over Z_a x Z_b with a*b just above `length`, walked until it falls inside (Black & Rogaway
-    2002): O(1) memory, any element on its own.
+    A Feistel network over Z_a x Z_b with a*b just above `length`, walked until it falls inside (Black &
+    Rogaway 2002): O(1) memory, any element on its own.
 
     Args:
       index: int [n], each in [0, length).
@@ -53,7 +52,7 @@ def permute(index: np.ndarray, length: int, seed: int, epoch: np.ndarray | int =
     sizes = (a, -(-length // a))  # left, right
     base = np.broadcast_to(hash64(seed, epoch), np.shape(index))
     out = np.array(index, np.int64)
-    todo, key, inner = slice(None), base, out
+    todo, key, inner = np.arange(out.size), base, out
     while True:
         halves = list(np.divmod(inner, sizes[1]))
         for r in range(_ROUNDS):
@@ -70,9 +69,7 @@ def permute(index: np.ndarray, length: int, seed: int, epoch: np.ndarray | int =
 def _below(key: np.ndarray, half: np.ndarray, r: int, size: int) -> np.ndarray:
     """A hash of (key, half, round) in [0, size), size < 2^32: int64."""
     with np.errstate(over="ignore"):
-        x = (half.astype(np.uint64) + key) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(
-            (r * 0xD1B54A32D192ED03) % 2**64
-        )
+        x = (half.astype(np.uint64) + key) * np.uint64(0x9E3779B97F4A7C15) + np.uint64((r * 0xD1B54A32D192ED03) % 2**64)
         x = (x ^ (x >> np.uint64(32))) * np.uint64(0xBF58476D1CE4E5B9)
         return (((x >> np.uint64(32)) * np.uint64(size)) >> np.uint64(32)).astype(np.int64)
 
@@ -80,8 +77,8 @@ def _below(key: np.ndarray, half: np.ndarray, r: int, size: int) -> np.ndarray:
 def mixture_schedule(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """One period of a mixture: which source each example comes from, as evenly spread as can be.
 
-    The weights are taken as the decimals they are written as. If their common denominator makes a period of at most
-    65,536 examples, the proportions are exact over each period; else they are rounded to 1/65,536.
+    The weights are taken as the decimals they are written as. If their common denominator makes a period of
+    at most 65,536 examples, the proportions are exact over each period; else they are rounded to 1/65,536.
 
     Returns:
       (source [P], counts [S]): the source of each example of the period, and examples of each source in it.

@@ -1,7 +1,7 @@
 """Rows of a batch from a stream of tokens. Each maker is a fixed list of rows: row i is a pure function of i.
 
-All three give every token of every document as a target exactly once an epoch (`CropRows`: in expectation), except a
-document's first, which has nothing before it; with document markers that first token is the bos.
+All three give every token of every document as a target exactly once an epoch (`CropRows`: in expectation),
+except a document's first, which has nothing before it; with document markers that first token is the bos.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _windows(tokens: np.ndarray, count: int, stride: int, width: int) -> np.ndar
 
 
 class _Constants:
-    """Mask, segments and positions of rows that are one full segment: the same arrays every time, read-only."""
+    """Mask, segments and positions of rows of one full segment: the same read-only arrays each time."""
 
     def __init__(self, sequence_length: int):
         self._length = sequence_length
@@ -71,12 +71,13 @@ class _Constants:
 
 
 class BlockRows(_Shuffled):
-    """Consecutive blocks: row i reads tokens [iT, (i+1)T) and predicts [iT+1, (i+1)T+1). The last may be padded.
+    """Consecutive blocks: row i reads tokens [iT, (i+1)T) and predicts [iT+1, (i+1)T+1), the last padded.
 
     Args:
       tokens: int [N], the documents end to end.
       sequence_length: T.
-      ends: int64 [D], where documents end: each becomes a segment, and no target crosses. None: all is one document.
+      ends: int64 [D], where documents end: each becomes a segment, and no target crosses. None: all is one
+        document.
     """
 
     def __init__(self, tokens: np.ndarray, sequence_length: int, ends: np.ndarray | None = None):
@@ -112,11 +113,7 @@ class BlockRows(_Shuffled):
             first = np.searchsorted(self._ends, starts, side="right")
             counts = np.searchsorted(self._ends, starts + T, side="right") - first
             cut_row = np.repeat(row, counts)
-            which = (
-                np.arange(counts.sum())
-                - np.repeat(np.cumsum(counts) - counts, counts)
-                + np.repeat(first, counts)
-            )
+            which = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(first, counts)
             cut = self._ends[which] - starts[cut_row]  # 1..T: a document ends just before this column
             mask[cut_row, cut - 1] = 0.0
             inside = cut < T
@@ -133,7 +130,7 @@ class BlockRows(_Shuffled):
 
 
 def _spans(begins: np.ndarray, B: int, T: int) -> tuple[np.ndarray, np.ndarray]:
-    """(segments, positions) int32 [B, T] of rows cut into spans that begin at these places of the flattened rows."""
+    """(segments, positions) int32 [B, T] of rows cut into spans that begin at these flat places."""
     begins = np.unique(begins)
     lengths = np.diff(begins, append=B * T)
     row = begins // T
@@ -144,7 +141,7 @@ def _spans(begins: np.ndarray, B: int, T: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class CropRows:
-    """Windows of T + 1 tokens at random places of one stream, documents not told apart (nanoGPT's `get_batch`).
+    """Windows of T + 1 tokens at random places of one stream, documents not told apart (as nanoGPT).
 
     Args:
       tokens: int [N], N > T.
@@ -185,7 +182,8 @@ def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray
     lengths = np.asarray(lengths, np.int64)
     bin_of = np.empty(len(lengths), np.int64)
     open_bins: list[list[int]] = [[] for _ in range(capacity + 1)]  # by room left
-    rooms = 0  # bit s is set where open_bins[s] holds a bin: the tightest fit is the lowest set bit from `length` up
+    # Bit s is set where open_bins[s] holds a bin: the tightest fit is the lowest set bit from `length` up.
+    rooms = 0
     bins = 0
     for piece in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[piece])
@@ -208,8 +206,8 @@ def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray
 class PackedRows(_Shuffled):
     """Whole documents packed into rows, best fit first; documents longer than a row are cut into full ones.
 
-    A document of n tokens makes n - 1 (input, target) pairs, and a piece of it holds up to T of them, so that pieces
-    meet without losing a target. Nothing but the padding at the end of a row is wasted.
+    A document of n tokens makes n - 1 (input, target) pairs, and a piece of it holds up to T of them, so that
+    pieces meet without losing a target. Nothing but the padding at the end of a row is wasted.
 
     Args:
       tokens: int [N].

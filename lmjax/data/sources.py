@@ -94,9 +94,7 @@ def _stdlib_files(root: str) -> list[str]:
         folders[:] = sorted(d for d in folders if d not in _LEFT_OUT)
         found += [os.path.join(folder, n) for n in names if n.endswith(".py")]
     if not found:
-        raise UserError(
-            f"this Python carries no standard library source at {root}: set data.path to a text file"
-        )
+        raise UserError(f"this Python carries no standard library source at {root}: set data.path to a text file")
     return sorted(found, key=lambda p: os.path.relpath(p, root).replace(os.sep, "/"))
 
 
@@ -131,9 +129,7 @@ def _find(path: str, kind: str) -> tuple[str, list[str]]:
             if n.lower().removesuffix(".gz").endswith(_EXTENSIONS[kind])
         ]
         if not files:
-            raise UserError(
-                f"directory {path} holds no {'/'.join(_EXTENSIONS[kind])} file: give a file or a glob"
-            )
+            raise UserError(f"directory {path} holds no {'/'.join(_EXTENSIONS[kind])} file: give a file or a glob")
         return path, sorted(files)
     if os.path.isfile(path):
         return os.path.dirname(path), [path]
@@ -204,9 +200,7 @@ def _json_lines(path: str, file: BinaryIO, field: str) -> Iterator[str]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path} line {number} is not JSON ({error.msg}): mend or remove the line"
-            ) from None
+            raise UserError(f"{path} line {number} is not JSON ({error.msg}): mend or remove the line") from None
         yield _text(record, field, f"{path} line {number}")
 
 

@@ -1,4 +1,4 @@
-"""Batches from documents that can only be read in order: packed as they come, the remainder part of the state."""
+"""Batches from documents that can only be read in order: packed as they come, a remainder in the state."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from lmjax.tokenizers.base import Tokenizer
 class StreamingBatches(Iterator[Batch]):
     """Packs a pass over texts into batches [B, T], block after block, documents isolated by segment ids.
 
-    Nothing is dropped: what does not fill a batch waits in a remainder, which the state carries. Row and row overlap
-    by one token, so that each token is a target once. At the end of the texts another pass begins (`repeat`), or the
-    last batch is padded and the iterator ends.
+    Nothing is dropped: what does not fill a batch waits in a remainder, which the state carries. Row and row
+    overlap by one token, so that each token is a target once. At the end of the texts another pass begins
+    (`repeat`), or the last batch is padded and the iterator ends.
 
     Args:
       documents: opens a fresh pass over the texts, always the same one.
@@ -126,9 +126,7 @@ class StreamingBatches(Iterator[Batch]):
             self._ids = np.array(state["remainder"], np.int32)
             self._starts = np.array(state["starts"], np.int64)
         except (KeyError, TypeError, ValueError):
-            raise UserError(
-                "the state of a stream of documents is damaged: use one that get_state returned"
-            ) from None
+            raise UserError("the state of a stream of documents is damaged: use one that get_state returned") from None
         self._pass = None
 
     def close(self) -> None:

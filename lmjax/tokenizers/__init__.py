@@ -1,7 +1,8 @@
 """Tokenizers: text to ids and back. Nothing here imports JAX.
 
-Our own byte and character tokenizers; BPE, WordPiece and Unigram through the `tokenizers` library; tiktoken and
-SentencePiece files. `load` opens any of them from a path, `build` makes the one a `TokenizerConfig` names.
+Our own byte and character tokenizers; BPE, WordPiece and Unigram through the `tokenizers` library; tiktoken
+and SentencePiece files. `load` opens any of them from a path, `build` makes the one a `TokenizerConfig`
+names.
 """
 
 from lmjax._lazy import attach

@@ -20,8 +20,8 @@ OWN_FILE = "lmjax_tokenizer.json"
 class Tokenizer(Protocol):
     """Text to ids and back.
 
-    `bos`, `eos` and `pad` are ids or None. Text is text: a special token spelled out in it is encoded as ordinary
-    characters unless `special=True`, so that no document can forge an end of document.
+    `bos`, `eos` and `pad` are ids or None. Text is text: a special token spelled out in it is encoded as
+    ordinary characters unless `special=True`, so that no document can forge an end of document.
     """
 
     bos: int | None
@@ -51,7 +51,7 @@ class Tokenizer(Protocol):
         ...
 
     def token_bytes(self) -> np.ndarray | None:
-        """int32 [V], UTF-8 bytes of text each id stands for (specials 0); None where an id has no fixed length."""
+        """int32 [V], UTF-8 bytes of text each id stands for (specials 0); None where lengths vary."""
         ...
 
     def fingerprint(self) -> str:
@@ -108,7 +108,5 @@ def check_ids(ids: Iterable[int], vocab_size: int) -> np.ndarray:
     array = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64).reshape(-1)
     bad = array[(array < 0) | (array >= vocab_size)]
     if bad.size:
-        raise UserError(
-            f"id {int(bad[0])} is not in the vocabulary of {vocab_size}: these ids were made by another tokenizer"
-        )
+        raise UserError(f"id {int(bad[0])} is not in the vocabulary of {vocab_size}: another tokenizer made it")
     return array

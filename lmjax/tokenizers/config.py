@@ -14,8 +14,9 @@ TRAINED = ("char", "bpe", "wordpiece", "unigram")
 class TokenizerConfig:
     """A tokenizer by description.
 
-    `bos`, `eos` and `pad` are the texts of the special tokens that begin a document, end it and fill a row. "auto"
-    means: none for byte and char, "<|endoftext|>" as the eos of a trained one, and what the file says for a file.
+    `bos`, `eos` and `pad` are the texts of the special tokens that begin a document, end it and fill a row.
+    "auto" means: none for byte and char, "<|endoftext|>" as the eos of a trained one, and what the file says for
+    a file.
     None means: without.
     """
 
@@ -37,14 +38,10 @@ class TokenizerConfig:
         if self.kind != "file" and self.path:
             raise UserError(f"tokenizer.path is set but kind is {self.kind!r}: set tokenizer.kind to 'file'")
         if self.kind in ("bpe", "wordpiece", "unigram") and self.vocab_size < 2:
-            raise UserError(
-                f"tokenizer.vocab_size is {self.vocab_size}: a trained tokenizer needs at least 2 ids"
-            )
+            raise UserError(f"tokenizer.vocab_size is {self.vocab_size}: a trained tokenizer needs at least 2 ids")
 
     def marks(self) -> tuple[str | None, str | None, str | None]:
         """The texts of (bos, eos, pad) of a tokenizer that is made, not loaded, with "auto" resolved."""
         auto_eos = "<|endoftext|>" if self.kind in ("bpe", "wordpiece", "unigram") else None
-        return tuple(
-            auto if text == "auto" else text
-            for text, auto in zip((self.bos, self.eos, self.pad), (None, auto_eos, None))
-        )  # type: ignore
+        bos, eos, pad = (None if text == "auto" else text for text in (self.bos, self.eos, self.pad))
+        return bos, auto_eos if self.eos == "auto" else eos, pad

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterable
+from typing import Any
 
 from lmjax.errors import UserError
 from lmjax.tokenizers.base import OWN_FILE, Tokenizer
@@ -46,11 +47,9 @@ def load(
     from lmjax.tokenizers import foreign, subword
 
     path = os.path.expanduser(os.fspath(path))
-    marks = {"bos": bos, "eos": eos, "pad": pad}
+    marks: dict[str, Any] = {"bos": bos, "eos": eos, "pad": pad}
     if not os.path.exists(path):
-        raise UserError(
-            f"tokenizer {path} does not exist: give a tokenizer file or a directory that holds one"
-        )
+        raise UserError(f"tokenizer {path} does not exist: give a tokenizer file or a directory that holds one")
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     if os.path.isdir(path):
         names = (OWN_FILE, "tokenizer.json", "tokenizer.model", "encoder.json", "vocab.json")
@@ -63,9 +62,7 @@ def load(
     if name == OWN_FILE:
         return _load_own(path, marks)
     if name in ("encoder.json", "vocab.json"):
-        merges = next(
-            (m for m in ("vocab.bpe", "merges.txt") if os.path.exists(os.path.join(folder, m))), None
-        )
+        merges = next((m for m in ("vocab.bpe", "merges.txt") if os.path.exists(os.path.join(folder, m))), None)
         if merges is None:
             raise UserError(f"{path} needs its merges: put vocab.bpe or merges.txt beside it")
         return subword.from_gpt2_files(path, os.path.join(folder, merges), **marks)
@@ -76,9 +73,7 @@ def load(
     if name.endswith(".model"):
         with open(path, "rb") as file:
             return foreign.SentencePieceTokenizer(file.read(), **marks)
-    raise UserError(
-        f"{path} is not a tokenizer file: expected tokenizer.json, encoder.json, *.tiktoken or *.model"
-    )
+    raise UserError(f"{path} is not a tokenizer file: expected tokenizer.json, encoder.json, *.tiktoken or *.model")
 
 
 def _load_own(path: str, marks: dict[str, str | None]) -> Tokenizer:
@@ -101,9 +96,7 @@ def _load_own(path: str, marks: dict[str, str | None]) -> Tokenizer:
             with open(os.path.join(folder, "tokenizer.model"), "rb") as model:
                 return foreign.SentencePieceTokenizer(model.read(), **roles)
     except (json.JSONDecodeError, KeyError, FileNotFoundError, TypeError) as error:
-        raise UserError(
-            f"{path} is damaged ({type(error).__name__}: {error}): save the tokenizer again"
-        ) from None
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): save the tokenizer again") from None
     raise UserError(f"{path} names an unknown kind {kind!r}: it was written by a newer version")
 
 

@@ -13,7 +13,8 @@ import numpy as np
 from lmjax.errors import UserError
 from lmjax.tokenizers.base import OWN_FILE, check_ids, digest, utf8, write_file
 
-# Split patterns and special tokens as published with tiktoken (tiktoken_ext/openai_public.py); the files hold ranks only.
+# Split patterns and special tokens as published with tiktoken (tiktoken_ext/openai_public.py); the files hold
+# ranks only.
 _GPT2 = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 _CL100K = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|"""
@@ -51,14 +52,10 @@ _KNOWN: dict[str, tuple[str, dict[str, int]]] = {
 }
 
 
-def _role(
-    role: str, text: str | None, auto: str | None, specials: dict[str, int]
-) -> tuple[str | None, int | None]:
+def _role(role: str, text: str | None, auto: str | None, specials: dict[str, int]) -> tuple[str | None, int | None]:
     text = auto if text == "auto" else text
     if text is not None and text not in specials:
-        raise UserError(
-            f"the {role} token {text!r} is not a special token of this file: name one of {list(specials)}"
-        )
+        raise UserError(f"the {role} token {text!r} is not a special token of this file: name one of {list(specials)}")
     return text, None if text is None else specials[text]
 
 
@@ -81,9 +78,7 @@ class TiktokenTokenizer:
         except ImportError:
             raise UserError("tiktoken files need the package tiktoken: pip install tiktoken") from None
         self._ranks, self._pattern, self._specials = ranks, pattern, dict(specials)
-        self._inner = tiktoken.Encoding(
-            "lmjax", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials
-        )
+        self._inner = tiktoken.Encoding("lmjax", pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
         auto_eos = next((t for t in ("<|endoftext|>", "<|end_of_text|>") if t in specials), None)
         auto_bos = "<|begin_of_text|>" if "<|begin_of_text|>" in specials else None
         self._marks = {}
@@ -101,9 +96,7 @@ class TiktokenTokenizer:
 
     def encode(self, text: str, special: bool = False) -> np.ndarray:
         utf8(text)
-        ids = (
-            self._inner.encode(text, allowed_special="all") if special else self._inner.encode_ordinary(text)
-        )
+        ids = self._inner.encode(text, allowed_special="all") if special else self._inner.encode_ordinary(text)
         return np.array(ids, np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -129,9 +122,7 @@ class TiktokenTokenizer:
         return {"kind": self.kind, "pattern": self._pattern, "specials": self._specials, **self._marks}
 
     def _file(self) -> bytes:
-        return b"".join(
-            base64.b64encode(t) + b" %d\n" % i for t, i in sorted(self._ranks.items(), key=lambda p: p[1])
-        )
+        return b"".join(base64.b64encode(t) + b" %d\n" % i for t, i in sorted(self._ranks.items(), key=lambda p: p[1]))
 
     def fingerprint(self) -> str:
         return digest(digest(self._file()).encode() + json.dumps(self._content(), sort_keys=True).encode())
@@ -153,8 +144,8 @@ def from_tiktoken_file(
 ) -> TiktokenTokenizer:
     """Opens a rank file (`base64 rank` lines).
 
-    Pattern and special tokens come from the arguments, from `NAME.json` ({"pattern": ..., "specials": {...}}) beside
-    the file, or from its name where tiktoken publishes one (cl100k_base.tiktoken).
+    Pattern and special tokens come from the arguments, from `NAME.json` ({"pattern": ..., "specials": {...}})
+    beside the file, or from its name where tiktoken publishes one (cl100k_base.tiktoken).
     """
     path = os.fspath(path)
     stem = os.path.splitext(os.path.basename(path))[0]
@@ -180,9 +171,7 @@ def from_tiktoken_file(
                 token, rank = line.split()
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
             except ValueError:
-                raise UserError(
-                    f"{path} line {number} is not 'base64 rank': this is not a tiktoken file"
-                ) from None
+                raise UserError(f"{path} line {number} is not 'base64 rank': this is not a tiktoken file") from None
     if not ranks:
         raise UserError(f"{path} is empty: a tiktoken file holds one 'base64 rank' line a token")
     return TiktokenTokenizer(ranks, pattern, specials or {}, bos, eos, pad)
@@ -193,15 +182,11 @@ class SentencePieceTokenizer:
 
     kind = "sentencepiece"
 
-    def __init__(
-        self, model: bytes, bos: str | None = "auto", eos: str | None = "auto", pad: str | None = "auto"
-    ):
+    def __init__(self, model: bytes, bos: str | None = "auto", eos: str | None = "auto", pad: str | None = "auto"):
         try:
             import sentencepiece
         except ImportError:
-            raise UserError(
-                "SentencePiece .model files need the package: pip install sentencepiece"
-            ) from None
+            raise UserError("SentencePiece .model files need the package: pip install sentencepiece") from None
         self._model = model
         self._inner: Any = sentencepiece.SentencePieceProcessor()
         try:
@@ -209,9 +194,7 @@ class SentencePieceTokenizer:
         except RuntimeError as error:
             raise UserError(f"this is not a SentencePiece model ({error})") from None
         inner = self._inner
-        self._specials = {
-            inner.id_to_piece(i): i for i in range(inner.get_piece_size()) if inner.is_control(i)
-        }
+        self._specials = {inner.id_to_piece(i): i for i in range(inner.get_piece_size()) if inner.is_control(i)}
         auto = {
             r: inner.id_to_piece(i) if i >= 0 else None
             for r, i in (("bos", inner.bos_id()), ("eos", inner.eos_id()), ("pad", inner.pad_id()))

@@ -25,9 +25,7 @@ class _Simple:
         self._marks = {"bos": bos, "eos": eos, "pad": pad}
         names = list(dict.fromkeys(name for name in self._marks.values() if name is not None))
         self._specials = {name: units + i for i, name in enumerate(names)}
-        self.bos, self.eos, self.pad = (
-            self._specials.get(name) if name else None for name in (bos, eos, pad)
-        )
+        self.bos, self.eos, self.pad = (self._specials.get(name) if name else None for name in (bos, eos, pad))
         self._names = {i: name for name, i in self._specials.items()}
 
     @property
@@ -51,8 +49,7 @@ class _Simple:
         if not special or not self._specials:
             return self._ordinary(text)
         parts = [
-            self._ordinary(p) if isinstance(p, str) else np.array([p], np.int32)
-            for p in pieces(text, self._specials)
+            self._ordinary(p) if isinstance(p, str) else np.array([p], np.int32) for p in pieces(text, self._specials)
         ]
         return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
@@ -62,8 +59,9 @@ class _Simple:
     def decode(self, ids: Iterable[int]) -> str:
         array = check_ids(ids, self.vocab_size)
         cuts = np.flatnonzero(array >= self._units)
-        out, start = [], 0
-        for cut in cuts:
+        out: list[str] = []
+        start = 0
+        for cut in cuts.tolist():
             out += [self._text(array[start:cut]), self._names[int(array[cut])]]
             start = cut + 1
         return "".join(out) + self._text(array[start:])
@@ -111,9 +109,7 @@ class CharTokenizer(_Simple):
     def __init__(self, alphabet: str, bos: str | None = None, eos: str | None = None, pad: str | None = None):
         self._alphabet = "".join(sorted(set(alphabet)))
         if not self._alphabet:
-            raise UserError(
-                "a character tokenizer needs at least one character: the text it was made from is empty"
-            )
+            raise UserError("a character tokenizer needs at least one character: the text it was made from is empty")
         self._codes = np.array([ord(c) for c in self._alphabet], np.int64)
         self._table = np.full(int(self._codes[-1]) + 1, -1, np.int32)
         self._table[self._codes] = np.arange(len(self._codes))
@@ -136,8 +132,8 @@ class CharTokenizer(_Simple):
         if unknown.any():
             where = int(np.argmax(unknown))
             raise UserError(
-                f"character {text[where]!r} (U+{codes[where]:04X}, at position {where}) is not in the alphabet of "
-                f"{len(self._codes)} characters: use a byte tokenizer, or text of the kind it was trained on"
+                f"character {text[where]!r} (U+{codes[where]:04X}, at position {where}) is not in the "
+                f"alphabet of {len(self._codes)} characters: use a byte tokenizer, or text like what it was made from"
             )
         return ids
 

@@ -24,20 +24,18 @@ class SubwordTokenizer:
     """A `tokenizers.Tokenizer` behind our interface.
 
     Args:
-      inner: the library's tokenizer, or the text of a tokenizer.json. Padding, truncation and post-processor (bos,
-        eos, [CLS]) are left out: a document's marks are the data pipeline's affair.
+      inner: the library's tokenizer, or the text of a tokenizer.json. Padding, truncation and post-processor
+        (bos, eos, [CLS]) are left out: a document's marks are the data pipeline's affair.
       bos, eos, pad: text of a token of the vocabulary, None for none, "auto" for the usual names.
     """
 
     kind = "subword"
 
-    def __init__(
-        self, inner: Any, bos: str | None = "auto", eos: str | None = "auto", pad: str | None = "auto"
-    ):
+    def __init__(self, inner: Any, bos: str | None = "auto", eos: str | None = "auto", pad: str | None = "auto"):
         from tokenizers import Tokenizer
 
-        # The text is kept as it came: the library does not read a score back to the last digit it wrote, and a
-        # tokenizer must not drift from one save to the next.
+        # The text is kept as it came: the library does not read a score back to the last digit it wrote, and
+        # a tokenizer must not drift from one save to the next.
         parts = json.loads(inner if isinstance(inner, str) else inner.to_str())
         parts["padding"] = parts["truncation"] = None
         self._json = json.dumps(parts, ensure_ascii=False)
@@ -52,9 +50,7 @@ class SubwordTokenizer:
             if text == "auto":
                 text = next((name for name in _USUAL[role] if name in vocabulary), None)
             elif text is not None and text not in vocabulary:
-                raise UserError(
-                    f"the {role} token {text!r} is not in this tokenizer's vocabulary: name one that is"
-                )
+                raise UserError(f"the {role} token {text!r} is not in this tokenizer's vocabulary: name one that is")
             self._marks[role] = text
             setattr(self, role, None if text is None else vocabulary[text])
 
@@ -89,7 +85,7 @@ class SubwordTokenizer:
         return self._inner.decode(check_ids(ids, self._vocab_size).tolist(), skip_special_tokens=False)
 
     def token_bytes(self) -> np.ndarray | None:
-        """int32 [V] for a byte-level vocabulary without normalizer, else None: its ids have no fixed length."""
+        """int32 [V] of a byte-level vocabulary without normalizer; None for any other."""
         from tokenizers import pre_tokenizers
 
         parts = json.loads(self._json)
@@ -102,9 +98,9 @@ class SubwordTokenizer:
         for token, i in self._inner.get_vocab(with_added_tokens=False).items():
             if token not in self._specials and set(token) <= alphabet:
                 lengths[i] = len(token)
-        for i, token in self._inner.get_added_tokens_decoder().items():
-            if not token.special:
-                lengths[i] = len(token.content.encode())
+        for i, added in self._inner.get_added_tokens_decoder().items():
+            if not added.special:
+                lengths[i] = len(added.content.encode())
         return lengths
 
     def fingerprint(self) -> str:
@@ -129,11 +125,11 @@ def train(
 ) -> SubwordTokenizer:
     """Trains a subword tokenizer.
 
-    bpe and unigram work on bytes (GPT-2's byte-level alphabet): any text encodes, and decodes to itself. wordpiece
-    splits at white space and punctuation, as BERT's does, and does not keep the white space.
+    bpe and unigram work on bytes (GPT-2's byte-level alphabet): any text encodes, and decodes to itself.
+    wordpiece splits at white space and punctuation, as BERT's does, and does not keep the white space.
 
-    bpe comes out the same each time. The library's wordpiece and unigram trainers do not (ties and sums follow the
-    order of a hash table): save what you trained, and load it where the same ids are needed.
+    bpe comes out the same each time. The library's wordpiece and unigram trainers do not (ties and sums
+    follow the order of a hash table): save what you trained, and load it where the same ids are needed.
 
     Args:
       kind: "bpe" (Sennrich et al. 2016), "wordpiece" (Schuster & Nakajima 2012) or "unigram" (Kudo 2018).
@@ -151,7 +147,8 @@ def train(
     smallest += len(specials)
     if vocab_size < smallest:
         raise UserError(f"a {kind} vocabulary of {vocab_size} is too small: it needs at least {smallest} ids")
-    common = {"vocab_size": vocab_size, "show_progress": False}
+    common: dict[str, Any] = {"vocab_size": vocab_size, "show_progress": False}
+    trainer: Any
     if kind == "bpe":
         inner = Tokenizer(models.BPE())
         trainer = trainers.BpeTrainer(special_tokens=specials, initial_alphabet=alphabet, **common)
@@ -188,11 +185,11 @@ def train(
 def from_file(
     path: str | os.PathLike, bos: str | None = "auto", eos: str | None = "auto", pad: str | None = "auto"
 ) -> SubwordTokenizer:
-    """Opens a `tokenizer.json`; a `tokenizer_config.json` beside it says which tokens are bos, eos and pad."""
+    """Opens a `tokenizer.json`; a `tokenizer_config.json` beside it names bos, eos and pad."""
     try:
         with open(path, encoding="utf-8") as file:
-            text = file.read()
-        SubwordTokenizer(text)
+            content = file.read()
+        SubwordTokenizer(content)
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{path} is not a tokenizer.json that `tokenizers` can read ({error})") from None
     beside = os.path.join(os.path.dirname(os.fspath(path)), "tokenizer_config.json")
@@ -204,7 +201,7 @@ def from_file(
             if text == "auto" and f"{role}_token" in said:
                 token = said[f"{role}_token"]
                 marks[role] = token["content"] if isinstance(token, dict) else token
-    return SubwordTokenizer(text, **marks)
+    return SubwordTokenizer(content, **marks)
 
 
 def from_gpt2_files(
@@ -220,9 +217,7 @@ def from_gpt2_files(
     try:
         model = models.BPE.from_file(os.fspath(vocabulary), os.fspath(merges))
     except Exception as error:
-        raise UserError(
-            f"{vocabulary} and {merges} are not a BPE vocabulary and its merges ({error})"
-        ) from None
+        raise UserError(f"{vocabulary} and {merges} are not a BPE vocabulary and its merges ({error})") from None
     inner = Tokenizer(model)
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()

@@ -116,9 +116,7 @@ def test_an_interrupted_build_continues_and_gives_the_same_cache(tmp_path, stop)
     counting = Counting(eos="<e>")
     continued = build(tmp_path / "killed", tokenizer=counting, shard_bytes=300)
     assert contents(continued.directory) == contents(whole.directory)
-    assert (
-        len(encoded) < len([t for _, t in DOCUMENTS if t]) - 4 * stop
-    )  # finished shards were not tokenized again
+    assert len(encoded) < len([t for _, t in DOCUMENTS if t]) - 4 * stop  # finished shards were not tokenized again
 
 
 def test_kill_9_in_the_middle_of_a_build_loses_at_most_a_shard(tmp_path):
@@ -164,9 +162,7 @@ def test_a_partial_cache_that_lost_bytes_is_begun_anew(tmp_path):
     assert contents(build(tmp_path / "b", shard_bytes=100).directory) == contents(whole.directory)
 
 
-@pytest.mark.parametrize(
-    "damage", ["truncate", "grow", "remove", "metadata", "checksum", "no metadata", "format"]
-)
+@pytest.mark.parametrize("damage", ["truncate", "grow", "remove", "metadata", "checksum", "no metadata", "format"])
 def test_a_damaged_cache_is_refused_with_the_mend(tmp_path, damage):
     made = build(tmp_path)
     tokens, metadata = (os.path.join(made.directory, n) for n in ("train.tokens", "metadata.json"))
@@ -191,7 +187,7 @@ def test_a_damaged_cache_is_refused_with_the_mend(tmp_path, damage):
             said["checksum"] = cache_module.digest(said)
         with open(metadata, "w") as file:
             json.dump(said, file)
-    with pytest.raises(UserError, match="delete (that directory|it) and run again") as caught:
+    with pytest.raises(UserError, match=r"delete (that directory|it) and run again") as caught:
         build(tmp_path)
     assert made.directory in str(caught.value)
 
@@ -235,7 +231,7 @@ def test_an_empty_corpus_and_a_wild_id_are_refused(tmp_path):
         def encode_batch(self, texts):
             return [np.array([999]) for _ in texts]
 
-    with pytest.raises(UserError, match="id 999 for corpus.txt"):
+    with pytest.raises(UserError, match=r"id 999 for corpus\.txt"):
         build(tmp_path, tokenizer=Wild(), name="corpus.txt")
 
 

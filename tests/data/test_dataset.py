@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -108,7 +109,7 @@ def test_validation_covers_the_text_once_and_counts_its_bytes(folder, tokenizer,
         assert 0 < len(data.validation_text()) - validation.bytes <= 6 * len(starts)
     parts = [data.validation(max_batches=n) for n in range(1, len(validation))]
     assert [len(p) for p in parts] == list(range(1, len(validation)))
-    assert all(a.bytes < b.bytes <= validation.bytes for a, b in zip(parts, parts[1:]))
+    assert all(a.bytes < b.bytes <= validation.bytes for a, b in itertools.pairwise(parts))
 
 
 def test_bytes_of_a_tokenizer_without_fixed_lengths(folder):
@@ -211,8 +212,7 @@ def test_the_subset_of_a_dataset_matters(folder):
     saved = str(folder / "saved")
     datasets.DatasetDict({"train": table, "test": table.select(range(30))}).save_to_disk(saved)
     sizes = [
-        make(folder, path=saved, kind="huggingface", subset=s, split="position").train_bytes
-        for s in ("train", "test")
+        make(folder, path=saved, kind="huggingface", subset=s, split="position").train_bytes for s in ("train", "test")
     ]
     assert sizes[0] > sizes[1] > 0
 
@@ -284,10 +284,7 @@ def test_configs_import_neither_jax_nor_numpy():
         "print([m for m in ('jax', 'numpy', 'grain', 'tokenizers') if m in sys.modules])"
     )
     assert (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        == "[]"
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
 
 

@@ -72,9 +72,7 @@ def test_processes_partition_every_batch(name):
         whole = plan(name).batch(step)
         parts = [plan(name, process_index=p, process_count=4).batch(step) for p in range(4)]
         for field in FIELDS:
-            np.testing.assert_array_equal(
-                np.concatenate([getattr(p, field) for p in parts]), getattr(whole, field)
-            )
+            np.testing.assert_array_equal(np.concatenate([getattr(p, field) for p in parts]), getattr(whole, field))
 
 
 def test_the_stream_does_not_depend_on_the_batch_size():
@@ -136,11 +134,9 @@ def test_closing_and_forgetting_ends_the_thread():
     assert running() == before
 
 
-@pytest.mark.parametrize(
-    "state", [{}, {"examples": -1}, {"examples": "3"}, None, {"examples": 8, "data": "other"}]
-)
+@pytest.mark.parametrize("state", [{}, {"examples": -1}, {"examples": "3"}, None, {"examples": 8, "data": "other"}])
 def test_a_foreign_or_damaged_state_is_refused(state):
-    with pytest.raises(UserError, match="data position|data state"):
+    with pytest.raises(UserError, match=r"data position|data state"):
         BatchIterator(plan(), "data").set_state(state)
 
 

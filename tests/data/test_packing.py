@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 
 import numpy as np
 import pytest
@@ -107,9 +108,7 @@ def test_documents_that_fit_a_row_are_never_cut(lengths, T):
     pieces = collections.Counter()
     for row in range(len(rows)):
         for s in range(1, batch.segments[row].max() + 1):
-            pieces[
-                int(np.searchsorted(ends, batch.tokens[row][batch.segments[row] == s][0] - 1, side="right"))
-            ] += 1
+            pieces[int(np.searchsorted(ends, batch.tokens[row][batch.segments[row] == s][0] - 1, side="right"))] += 1
     assert set(pieces.values()) == {1}
 
 
@@ -155,7 +154,7 @@ def test_crops_are_windows_spread_over_the_whole_text():
 def test_best_fit_fills_bins_within_the_known_bound(lengths):
     order, starts = best_fit(np.array(lengths), 20)
     assert sorted(order.tolist()) == list(range(len(lengths)))
-    loads = [sum(lengths[i] for i in order[a:b]) for a, b in zip(starts, starts[1:])]
+    loads = [sum(lengths[i] for i in order[a:b]) for a, b in itertools.pairwise(starts)]
     assert max(loads) <= 20
     assert len(loads) <= 11 / 9 * -(-sum(lengths) // 20) * 20 / 20 + 1 + len([n for n in lengths if n > 10])
 

@@ -61,7 +61,7 @@ def test_parquet(tmp_path):
     path = str(tmp_path / "a.parquet")
     parquet.write_table(pyarrow.table({"text": TEXTS, "n": [1, 2, 3]}), path, row_group_size=2)
     assert read(path=path) == TEXTS
-    with pytest.raises(UserError, match="no column 'body' .it has: text, n.: set data.text_field"):
+    with pytest.raises(UserError, match=r"no column 'body' .it has: text, n.: set data.text_field"):
         read(path=path, text_field="body")
     with pytest.raises(UserError, match="column 'n' holds int"):
         read(path=path, text_field="n")

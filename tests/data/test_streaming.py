@@ -36,9 +36,7 @@ def test_each_token_is_a_target_once_and_documents_stay_apart(texts, B, T):
         follows = (b.segments[:, 1:] == b.segments[:, :-1]) & inside
         np.testing.assert_array_equal(b.tokens[:, 1:][follows], b.targets[:, :-1][follows])
         np.testing.assert_array_equal(b.positions[:, 1:][inside & ~follows], 0)
-        assert (
-            b.tokens[:, 1:][inside & ~follows] == 256
-        ).all()  # a new segment begins with the mark of a document
+        assert (b.tokens[:, 1:][inside & ~follows] == 256).all()  # a new segment begins with the mark of a document
         ended = follows & (b.tokens[:, 1:] == 256)  # and nothing follows the mark of its end
         assert not (ended[:, :-1] & follows[:, 1:]).any()
 
@@ -74,9 +72,7 @@ def test_processes_share_the_documents():
     for p in range(3):
         part = batches(texts, repeat=False, process_index=p, process_count=3)
         ids = np.concatenate([b.targets[b.mask > 0] for b in part])
-        seen += (
-            bytes(ids[ids < 256].astype(np.uint8)).decode().replace("document", "\ndocument").split("\n")[1:]
-        )
+        seen += bytes(ids[ids < 256].astype(np.uint8)).decode().replace("document", "\ndocument").split("\n")[1:]
     assert sorted(seen) == sorted(texts)
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -155,7 +156,10 @@ def test_fingerprints_tell_tokenizers_apart():
     }
     assert len(prints) == len(MAKERS) + 5
     # The same in another process: hashing does not depend on its seed.
-    code = "from lmjax.tokenizers import *; print(ByteTokenizer(eos='<e>').fingerprint(), CharTokenizer('hello').fingerprint())"
+    code = (
+        "from lmjax.tokenizers import *; "
+        "print(ByteTokenizer(eos='<e>').fingerprint(), CharTokenizer('hello').fingerprint())"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [
         ByteTokenizer(eos="<e>").fingerprint(),
@@ -248,9 +252,7 @@ def test_a_padding_and_marking_tokenizer_json_does_neither(tmp_path):
 
 def test_the_tokenizer_config_says_which_tokens_are_which(tmp_path):
     made("bpe").save(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({"eos_token": {"content": "<p>"}, "bos_token": None})
-    )
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<p>"}, "bos_token": None}))
     again = load(tmp_path)
     assert again.eos == made("bpe").pad and again.bos is None
     with pytest.raises(UserError, match="the eos token '<none>' is not in this tokenizer's vocabulary"):
@@ -263,10 +265,7 @@ def test_tiktoken_files_by_name_by_neighbour_and_without_pattern(tmp_path):
     lines = b"".join(base64.b64encode(t) + b" %d\n" % i for t, i in ranks.items())
     (tmp_path / "cl100k_base.tiktoken").write_bytes(lines)
     known = load(tmp_path / "cl100k_base.tiktoken")
-    assert (
-        known.eos == 100257
-        and known.decode(known.encode("Singing 12345\n\n  it's")) == "Singing 12345\n\n  it's"
-    )
+    assert known.eos == 100257 and known.decode(known.encode("Singing 12345\n\n  it's")) == "Singing 12345\n\n  it's"
     with pytest.raises(UserError, match="gap"):
         known.decode([5000])
     (tmp_path / "own.tiktoken").write_bytes(lines)
@@ -274,9 +273,7 @@ def test_tiktoken_files_by_name_by_neighbour_and_without_pattern(tmp_path):
         load(tmp_path / "own.tiktoken")
     (tmp_path / "own.json").write_text(json.dumps({"pattern": r"\w+|\W+", "specials": {"<e>": 258}}))
     own = load(tmp_path / "own.tiktoken", eos="<e>")
-    reference = tiktoken.Encoding(
-        "own", pat_str=r"\w+|\W+", mergeable_ranks=ranks, special_tokens={"<e>": 258}
-    )
+    reference = tiktoken.Encoding("own", pat_str=r"\w+|\W+", mergeable_ranks=ranks, special_tokens={"<e>": 258})
     for text in CORPUS:
         assert own.encode(text).tolist() == reference.encode(text, disallowed_special=())
     assert own.encode("a<e>", special=True)[-1] == own.eos == 258
@@ -287,7 +284,7 @@ def test_the_published_patterns_are_tiktokens_own():
     from lmjax.tokenizers import foreign
 
     assert public.r50k_pat_str == foreign._GPT2
-    source = open(public.__file__, encoding="utf-8").read()
+    source = Path(public.__file__).read_text(encoding="utf-8")
     import re
 
     lines = re.findall(r'r"""(.*?)"""', source)
