@@ -329,17 +329,13 @@ def _restore_tree(folder: Path, wanted: Any, partial: bool = False) -> Any:
         return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype)
 
     item = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), wanted)
-    arguments = ocp.args.PyTreeRestore(
-        item=item, restore_args=jax.tree.map(how, wanted), partial_restore=partial
-    )
+    arguments = ocp.args.PyTreeRestore(item=item, restore_args=jax.tree.map(how, wanted), partial_restore=partial)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         return reader.restore(folder / "state", arguments)
 
 
 def _reason(error: Exception) -> str:
-    return (
-        f"{type(error).__name__}: {str(error).splitlines()[0][:300]}" if str(error) else type(error).__name__
-    )
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:300]}" if str(error) else type(error).__name__
 
 
 def _place(value: Any, target: Any) -> jax.Array:

@@ -54,9 +54,7 @@ def pick_step(directory: Path | str, step: int | str | None = None) -> int:
     if step == "best":
         ranked = by_metric(directory, present)
         if not ranked:
-            raise UserError(
-                f"no checkpoint in {directory} has a metric to be best by: ask for a step instead"
-            )
+            raise UserError(f"no checkpoint in {directory} has a metric to be best by: ask for a step instead")
         return ranked[0]
     if step not in present:
         have = ", ".join(map(str, present))
@@ -83,9 +81,7 @@ def read_metadata(directory: Path | str, step: int | str | None = None) -> dict[
         return read_json(directory, step, "meta")
     except (OSError, ValueError) as error:
         folder = step_folder(directory, step)
-        raise UserError(
-            f"checkpoint {folder} is damaged ({error}): remove it to use an earlier one"
-        ) from error
+        raise UserError(f"checkpoint {folder} is damaged ({error}): remove it to use an earlier one") from error
 
 
 def by_metric(directory: Path | str, among: list[int]) -> list[int]:
@@ -133,9 +129,7 @@ def compare_leaves(there: Mapping[str, Any], here: Mapping[str, Any], name: str)
       UserError: naming the first leaf that differs, what it is there and here, and the mend.
     """
     paths = [*here, *(path for path in there if path not in here)]
-    for path in sorted(
-        paths, key=lambda path: not path.startswith("variables")
-    ):  # the model before its moments
+    for path in sorted(paths, key=lambda path: not path.startswith("variables")):  # the model first
         old, new = there.get(path), here.get(path)
         if old is not None and new is not None and [old[0], list(old[1])] == [new[0], list(new[1])]:
             continue

@@ -48,9 +48,7 @@ def _require(condition: bool, sentence: str) -> None:
         raise UserError(sentence)
 
 
-def _with_defaults(
-    config: Any, defaults: dict[str, dict[str, Any]], shared: tuple[str, ...], what: str
-) -> Any:
+def _with_defaults(config: Any, defaults: dict[str, dict[str, Any]], shared: tuple[str, ...], what: str) -> Any:
     """`config` with the defaults of its kind in place of None, refusing fields that its kind does not read.
 
     Builds the copy without `__init__`, since `__post_init__` calls this.

@@ -57,9 +57,7 @@ class TensorBoardWriter:
         try:
             from tensorboardX import SummaryWriter
         except ImportError as error:
-            raise UserError(
-                "TensorBoard needs tensorboardX: install it with `pip install lmjax[tracking]`"
-            ) from error
+            raise UserError("TensorBoard needs tensorboardX: install it with `pip install lmjax[tracking]`") from error
         self._writer = SummaryWriter(str(directory))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -83,15 +81,11 @@ class WandbWriter:
       UserError: if wandb is not installed.
     """
 
-    def __init__(
-        self, project: str, directory: Path | str, config: Any = None, name: str | None = None
-    ) -> None:
+    def __init__(self, project: str, directory: Path | str, config: Any = None, name: str | None = None) -> None:
         try:
             import wandb
         except ImportError as error:
-            raise UserError(
-                "Weights & Biases needs wandb: install it with `pip install lmjax[tracking]`"
-            ) from error
+            raise UserError("Weights & Biases needs wandb: install it with `pip install lmjax[tracking]`") from error
         self._run = wandb.init(project=project, dir=str(directory), config=config, name=name, resume="allow")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

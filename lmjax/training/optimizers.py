@@ -34,9 +34,7 @@ def scale_by_schedule(schedule: Schedule) -> optax.GradientTransformationExtraAr
         del params
         return LearningRateState(jnp.zeros([], jnp.int32))
 
-    def update(
-        updates: Any, state: LearningRateState, params: Any = None, *, step: Any = None, **extra: Any
-    ) -> Any:
+    def update(updates: Any, state: LearningRateState, params: Any = None, *, step: Any = None, **extra: Any) -> Any:
         del params, extra
         rate = schedule(state.count if step is None else step)
         updates = jax.tree.map(lambda u: u * -jnp.asarray(rate, u.dtype), updates)

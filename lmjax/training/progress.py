@@ -21,9 +21,7 @@ class Progress:
       known_hardware: False has "MFU unknown hardware" said.
     """
 
-    def __init__(
-        self, steps: int, start: int = 0, *, stream: Any = None, known_hardware: bool = False
-    ) -> None:
+    def __init__(self, steps: int, start: int = 0, *, stream: Any = None, known_hardware: bool = False) -> None:
         self._steps, self._start, self._known = steps, start, known_hardware
         self._stream = sys.stderr if stream is None else stream
         self._began = time.monotonic()
