@@ -22,7 +22,7 @@ __getattr__, __dir__, __all__ = attach(
     ),
     names={
         "config": ["DataConfig", "SourceConfig"],
-        "dataset": ["Dataset", "load"],
+        "dataset": ["Dataset", "load", "stream"],
         "cache": ["TokenCache", "build_cache", "open_cache"],
         "loader": ["BatchIterator", "BatchPlan"],
         "order": ["mixture_schedule", "permute"],

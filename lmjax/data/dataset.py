@@ -17,6 +17,7 @@ from lmjax.data.config import DataConfig
 from lmjax.data.loader import BatchIterator, BatchPlan
 from lmjax.data.packing import BlockRows, CropRows, PackedRows, Rows
 from lmjax.data.sources import Source, open_source
+from lmjax.data.streaming import StreamingBatches
 from lmjax.data.validation import Validation
 from lmjax.errors import UserError
 from lmjax.tokenizers.base import Tokenizer, digest
@@ -80,9 +81,48 @@ def load(
         )
         if source.skipped:
             logging.getLogger("lmjax.data").warning(
-                "%d files of %s are not UTF-8 text and were left out", source.skipped, source.name
+                "%d files of %s are not UTF-8 text: left out from the first bad byte on", source.skipped, source.name
             )
     return Dataset(config, caches, tokenizer, batch_size, process_index, process_count)
+
+
+def stream(
+    config: DataConfig,
+    batch_size: int,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    tokenizer: Tokenizer | None = None,
+) -> StreamingBatches:
+    """The training documents of a config's own source in their order, tokenized as they are read: no cache.
+
+    For corpora too large to tokenize beforehand. The same documents are held out as by `load`; packing is that of
+    "stream", in the order of the source (`seed` and `mixture` have no part in it).
+
+    Args:
+      config: what to read and how.
+      batch_size: rows of a global batch.
+      process_index, process_count: this process among all; each reads its share of the documents.
+      tokenizer: use this one and not the config's.
+    """
+    if batch_size % process_count:
+        raise UserError(f"batch size {batch_size} does not divide over {process_count} processes: choose a multiple")
+    if config.mixture or config.packing != "stream":
+        raise UserError("streaming reads one source in 'stream' packing: leave out data.mixture, or use load")
+    source = open_source(config.sources()[0])
+    documents = splits_module.split(source, config, bool(config.validation_path))
+    if tokenizer is None:
+        identity = [source.identity, config.max_bytes, *splits_module.rule_identity(config)]
+        tokenizer = _tokenizer(config, [documents], [identity])
+    return StreamingBatches(
+        lambda: (text for split, text in documents() if split == "train"),
+        tokenizer,
+        batch_size // process_count,
+        config.sequence_length,
+        markers=config.document_markers,
+        process_index=process_index,
+        process_count=process_count,
+    )
 
 
 def _meter(source: Source) -> tuple[int, int | None]:

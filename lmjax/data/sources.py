@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import gzip
+import hashlib
 import json
 import os
 import sysconfig
@@ -19,6 +20,8 @@ _EXTENSIONS = {
     "jsonl": (".jsonl", ".ndjson"),
     "parquet": (".parquet",),
 }
+_SAMPLE = 1 << 16  # bytes at the beginning and at the end of a file that go into its identity,
+_SAMPLED_FILES = 1000  # where there are no more files than this
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
@@ -66,7 +69,8 @@ def open_source(config: SourceConfig) -> Source:
         root, files, name = *_find(config.path, kind), config.path
     source = Source(name, None, None, lambda: iter(()))
     explicit = len(files) == 1
-    source.identity = [kind, config.text_field, config.separator, [_identity(f, root) for f in files]]
+    sampled = len(files) <= _SAMPLED_FILES
+    source.identity = [kind, config.text_field, config.separator, [_identity(f, root, sampled) for f in files]]
     sizes = [_size(f) for f in files]
     source.size = sum(s for s in sizes if s is not None) if all(s is not None for s in sizes) else None
 
@@ -143,7 +147,7 @@ def _size(path: str) -> int | None:
     return None if _is_url(path) else os.path.getsize(path)
 
 
-def _identity(path: str, root: str) -> list:
+def _identity(path: str, root: str, sampled: bool) -> list:
     if _is_url(path):
         system, inner = _fsspec().core.url_to_fs(path)
         try:
@@ -157,7 +161,14 @@ def _identity(path: str, root: str) -> list:
             *(str(info.get(k)) for k in ("size", "ETag", "etag", "mtime", "LastModified", "updated")),
         ]
     status = os.stat(path)
-    return [os.path.relpath(path, root) if root else path, status.st_size, status.st_mtime_ns]
+    ends = hashlib.blake2b(digest_size=8)
+    if sampled:  # a clock tick may be too coarse to tell two files of one name and size apart
+        with open(path, "rb") as file:
+            ends.update(file.read(_SAMPLE))
+            file.seek(max(file.tell(), status.st_size - _SAMPLE))
+            ends.update(file.read(_SAMPLE))
+    name = os.path.relpath(path, root) if root else path
+    return [name.replace(os.sep, "/"), status.st_size, status.st_mtime_ns, ends.hexdigest()]
 
 
 def _open_raw(path: str) -> BinaryIO:

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from lmjax.data import DataConfig, SourceConfig, load
+from lmjax.data import DataConfig, SourceConfig, load, stream
 from lmjax.errors import UserError
 from lmjax.tokenizers import ByteTokenizer, TokenizerConfig
 
@@ -132,6 +132,39 @@ def test_validation_is_shared_by_processes_and_indexes_like_a_list(folder):
     assert len(whole[1:3]) == 2
     with pytest.raises(IndexError):
         whole[len(whole)]
+
+
+def test_streaming_reads_the_training_documents_without_a_cache(folder, tmp_path):
+    config = DataConfig(
+        path=str(folder / "many.txt"),
+        separator="<|end|>",
+        sequence_length=32,
+        cache_dir=str(tmp_path),
+        tokenizer=TokenizerConfig("byte", eos="<e>"),
+    )
+    ids = make(folder).train_ids()
+    batches = stream(config, 4)
+    count = (len(ids) - 1) // (4 * 32)  # the batches that the first pass fills
+    got = [next(batches) for _ in range(count)]
+    flat = np.concatenate([b.tokens.reshape(-1) for b in got])
+    np.testing.assert_array_equal(flat, ids[: len(flat)])
+    assert not list(tmp_path.iterdir())
+    for p in range(2):
+        assert next(stream(config, 4, process_index=p, process_count=2)).tokens.shape == (2, 32)
+    with pytest.raises(UserError, match="one source"):
+        stream(dataclasses.replace(config, packing="crop"), 4)
+    with pytest.raises(UserError, match="does not divide"):
+        stream(config, 4, process_count=3)
+
+
+def test_an_empty_file_is_named(folder, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    for kind in ("byte", "char"):
+        with pytest.raises(UserError, match="is empty"):
+            make(folder, path=str(tmp_path / "empty.txt"), tokenizer=TokenizerConfig(kind))
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"bad\.txt is not UTF-8"):
+        make(folder, path=str(tmp_path / "bad.txt"))
 
 
 def test_a_mixture_draws_by_weight_and_validates_on_all(folder):

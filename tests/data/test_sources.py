@@ -121,6 +121,10 @@ def test_identity_follows_the_files(tmp_path):
     write(tmp_path / "a.txt", "three")
     longer = open_source(SourceConfig(path=path)).identity
     os.utime(path, ns=(0, 0))
+    before = open_source(SourceConfig(path=path)).identity
+    write(tmp_path / "a.txt", "seven")
+    os.utime(path, ns=(0, 0))
+    assert open_source(SourceConfig(path=path)).identity != before  # same name, size and time
     touched = open_source(SourceConfig(path=path)).identity
     separated = open_source(SourceConfig(path=path, separator="x")).identity
     assert len({json.dumps(i) for i in (first, longer, touched, separated)}) == 4
