@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = attach(
         "adafactor",
         "checkpoint",
         "checkpoint_files",
+        "checkpoint_trees",
         "config",
         "flops",
         "layers",

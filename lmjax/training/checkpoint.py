@@ -25,8 +25,8 @@ from lmjax import __version__
 from lmjax.errors import UserError
 from lmjax.training import checkpoint_files as files
 from lmjax.training.checkpoint_files import pick_step, read_metadata, step_folder, steps
+from lmjax.training.checkpoint_trees import in_order, insert, place, restore_tree, shapes_of, signature, to_nested
 from lmjax.training.config import CheckpointConfig
-from lmjax.training.layers import names
 
 __all__ = ["Checkpointer", "Restored", "load_part", "pick_step", "read_metadata", "steps"]
 
@@ -119,7 +119,7 @@ class Checkpointer:
             return
         if self._orbax is None:
             self._start(ocp)
-        tree = _nested(self._disk_tree(state))
+        tree = to_nested(self._disk_tree(state))
         self._check_space(sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
         metadata = {
             "step": step,
@@ -127,7 +127,7 @@ class Checkpointer:
             "best_mode": self.config.best_mode,
             "lmjax": __version__,
             "config": config,
-            "leaves": _signature(tree),
+            "leaves": signature(tree),
         }
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(tree),
@@ -252,7 +252,7 @@ class Checkpointer:
             return False
         structure: Any = jax.tree.structure(state)
         if structure not in self._layouts:
-            disk = jax.eval_shape(self._to_disk, _shapes(state))
+            disk = jax.eval_shape(self._to_disk, shapes_of(state))
             self._layouts[structure] = jax.tree.structure(disk) != structure
         return self._layouts[structure]
 
@@ -268,21 +268,21 @@ class Checkpointer:
         return self._to_disk(state)
 
     def _target_signature(self, target: Any) -> dict[str, Any]:
-        shapes = _shapes(target)
+        shapes = shapes_of(target)
         if self._to_disk is not None:
             shapes = jax.eval_shape(self._to_disk, shapes)
-        return _signature(_nested(shapes))
+        return signature(to_nested(shapes))
 
     def _read(self, step: int, target: Any) -> Any:
         if not self._changes_layout(target):
-            tree = _restore_tree(step_folder(self.directory, step), _nested(target))
-            state = jax.tree.unflatten(jax.tree.structure(target), _in_order(tree, target))
-            return jax.tree.map(lambda x, t: x if isinstance(x, jax.Array) else _place(x, t), state, target)
+            tree = restore_tree(step_folder(self.directory, step), to_nested(target))
+            state = jax.tree.unflatten(jax.tree.structure(target), in_order(tree, target))
+            return jax.tree.map(lambda x, t: x if isinstance(x, jax.Array) else place(x, t), state, target)
         assert self._to_disk is not None and self._from_disk is not None
-        disk = jax.eval_shape(self._to_disk, _shapes(target))
-        tree = _restore_tree(step_folder(self.directory, step), _nested(disk))
-        state = self._from_disk(jax.tree.unflatten(jax.tree.structure(disk), _in_order(tree, disk)))
-        return jax.tree.map(_place, state, target)
+        disk = jax.eval_shape(self._to_disk, shapes_of(target))
+        tree = restore_tree(step_folder(self.directory, step), to_nested(disk))
+        state = self._from_disk(jax.tree.unflatten(jax.tree.structure(disk), in_order(tree, disk)))
+        return jax.tree.map(place, state, target)
 
 
 def load_part(directory: Path | str, part: str = "variables", step: int | str | None = None) -> Any:
@@ -305,12 +305,12 @@ def load_part(directory: Path | str, part: str = "variables", step: int | str | 
     wanted: dict[str, Any] = {}
     for path, (dtype, shape) in leaves.items():
         if path.startswith(part + "/"):
-            _insert(wanted, path.split("/"), jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype)))
+            insert(wanted, path.split("/"), jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype)))
     if not wanted:
         have = ", ".join(sorted({path.split("/")[0] for path in leaves}))
         raise UserError(f"checkpoint {folder} has no part {part!r}: it has {have}")
     try:
-        tree = _restore_tree(folder, wanted, partial=True)
+        tree = restore_tree(folder, wanted, partial=True)
     except Exception as error:
         raise UserError(f"checkpoint {folder} is damaged ({_reason(error)}): choose another step") from error
     for name in part.split("/"):
@@ -318,60 +318,5 @@ def load_part(directory: Path | str, part: str = "variables", step: int | str | 
     return tree
 
 
-def _restore_tree(folder: Path, wanted: Any, partial: bool = False) -> Any:
-    """Arrays by nested dict: onto the sharding of the wanted leaf where it has one, else to NumPy."""
-    import orbax.checkpoint as ocp
-
-    def how(leaf: Any) -> Any:
-        sharding = getattr(leaf, "sharding", None)
-        if sharding is None:
-            return ocp.RestoreArgs(restore_type=np.ndarray)
-        return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype)
-
-    item = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), wanted)
-    arguments = ocp.args.PyTreeRestore(item=item, restore_args=jax.tree.map(how, wanted), partial_restore=partial)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        return reader.restore(folder / "state", arguments)
-
-
 def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0][:300]}" if str(error) else type(error).__name__
-
-
-def _place(value: Any, target: Any) -> jax.Array:
-    # may_alias=False: the step will donate this buffer, which must then not be NumPy's memory.
-    return jax.device_put(value, getattr(target, "sharding", None), may_alias=False)
-
-
-def _shapes(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), tree)
-
-
-def _insert(tree: dict[str, Any], path: list[str], leaf: Any) -> None:
-    for name in path[:-1]:
-        tree = tree.setdefault(name, {})
-    tree[path[-1]] = leaf
-
-
-def _nested(tree: Any) -> dict[str, Any]:
-    """A pytree as nested dicts keyed by the names in its paths: what lies on disk."""
-    nested: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        _insert(nested, list(names(path)), leaf)
-    return nested
-
-
-def _in_order(nested: dict[str, Any], like: Any) -> list[Any]:
-    """The leaves of `_nested(like)` in the order of `like`."""
-    leaves = []
-    for path, _ in jax.tree_util.tree_leaves_with_path(like):
-        node = nested
-        for name in names(path):
-            node = node[name]
-        leaves.append(node)
-    return leaves
-
-
-def _signature(nested: dict[str, Any]) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(nested)
-    return {"/".join(names(path)): [str(np.dtype(leaf.dtype)), list(leaf.shape)] for path, leaf in leaves}

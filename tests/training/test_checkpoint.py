@@ -203,7 +203,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, how):
 def test_a_checkpoint_of_another_model_is_refused_before_its_arrays_are_read(tmp_path, monkeypatch):
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(1, make_state())
-    monkeypatch.setattr("lmjax.training.checkpoint._restore_tree", lambda *args: pytest.fail("read the arrays"))
+    monkeypatch.setattr("lmjax.training.checkpoint.restore_tree", lambda *args: pytest.fail("read the arrays"))
     other = Checkpointer(tmp_path)
     message = (
         r"another model: leaf variables/params/embed/embedding is bfloat16\[5,4\] there and bfloat16\[5,6\] "
