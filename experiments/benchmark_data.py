@@ -1,11 +1,11 @@
 """How fast batches come, beside nanoGPT's `get_batch` on the same tokens in the same run.
 
-    python -m experiments.benchmark_data --run-dir runs/benchmark_data
+    python -m experiments.benchmark_data
 
 The peer is nanoGPT's recipe (karpathy/nanoGPT, train.py): open the memmap, draw random places, slice, cast to
 int64 and stack row by row. It runs with NumPy, and with PyTorch as published where that is installed. Loaders
 alternate; figures are the median over rounds, ratios the median of the ratios within a round. The page cache
-is warm. Results are appended to `results.jsonl` in the run directory.
+is warm. Results are appended to `docs/benchmarks/data.jsonl`. On a busy machine believe the ratios of CPU time.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -75,13 +76,13 @@ def loaders(path: str, ends: np.ndarray, batch: int, length: int) -> dict[str, C
     return out
 
 
-def seconds(call: Callable[[], object], budget: float) -> float:
-    """Seconds a call, over at least `budget` seconds."""
-    count, begin = 0, time.perf_counter()
+def seconds(call: Callable[[], object], budget: float) -> tuple[float, float]:
+    """(wall, process CPU) seconds a call, over at least `budget` seconds of wall time."""
+    count, begin, cpu = 0, time.perf_counter(), time.process_time()
     while (now := time.perf_counter() - begin) < budget or count < 3:
         call()
         count += 1
-    return now / max(count, 1)
+    return now / count, (time.process_time() - cpu) / count
 
 
 def versions() -> dict[str, str]:
@@ -95,7 +96,8 @@ def versions() -> dict[str, str]:
 
 def main(arguments: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run-dir", default="runs/benchmark_data", help="where results.jsonl is appended to")
+    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks/data.jsonl"))
+    parser.add_argument("--run-dir", default="", help="append to results.jsonl of this directory, not to the output")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--sequence-length", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=20_000_000, help="tokens of the made-up corpus")
@@ -112,7 +114,7 @@ def main(arguments: list[str] | None = None) -> dict:
         path = os.path.join(folder, "tokens.bin")
         rng.integers(0, 50257, size=int(ends[-1]), dtype=np.uint16).tofile(path)
         contenders = loaders(path, ends, said.batch_size, said.sequence_length)
-        taken: dict[str, list[float]] = {name: [] for name in contenders}
+        taken: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
         for call in contenders.values():
             seconds(call, 0.05)  # warm up
         for _ in range(said.rounds):
@@ -123,17 +125,20 @@ def main(arguments: list[str] | None = None) -> dict:
     per_batch = said.batch_size * said.sequence_length
     table = {}
     for name, times in taken.items():
-        row = {
-            "million_tokens_per_second": round(per_batch / statistics.median(times) / 1e6, 1),
-            "milliseconds_per_batch": round(statistics.median(times) * 1e3, 4),
-        }
+        wall, cpu = (statistics.median(t[kind] for t in times) for kind in (0, 1))
+        row = {"million_tokens_per_second": round(per_batch / wall / 1e6, 1)}
+        row |= {"wall_milliseconds": round(wall * 1e3, 4), "cpu_milliseconds": round(cpu * 1e3, 4)}
         for peer in peers:
-            row[f"times {peer}"] = round(statistics.median(p / t for p, t in zip(taken[peer], times)), 2)
+            for kind, label in ((0, "wall"), (1, "cpu")):
+                ratios = [p[kind] / t[kind] for p, t in zip(taken[peer], times)]
+                row[f"{label} ratio to {peer}"] = round(statistics.median(ratios), 2)
         table[name] = row
-        rate, cost = row["million_tokens_per_second"], row["milliseconds_per_batch"]
+        beside = "  ".join(
+            f"{row[f'wall ratio to {p}']:6.2f}x wall {row[f'cpu ratio to {p}']:6.2f}x CPU of {p.split(', ')[1]}"
+            for p in peers
+        )
         print(
-            f"{name:28s} {rate:9.1f} M tokens/s  {cost:8.4f} ms  "
-            + "  ".join(f"{row[f'times {p}']:6.2f}x {p.split(', ')[1]}" for p in peers)
+            f"{name:26s}{row['million_tokens_per_second']:8.1f} M tokens/s {row['wall_milliseconds']:8.4f} ms {ratios}"
         )
     result = {
         "benchmark": "data",
@@ -145,8 +150,9 @@ def main(arguments: list[str] | None = None) -> dict:
         "versions": versions(),
         "results": table,
     }
-    os.makedirs(said.run_dir, exist_ok=True)
-    with open(os.path.join(said.run_dir, "results.jsonl"), "a", encoding="utf-8") as file:
+    output = Path(said.run_dir) / "results.jsonl" if said.run_dir else said.output
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with open(output, "a", encoding="utf-8") as file:
         file.write(json.dumps(result) + "\n")
     return result
 

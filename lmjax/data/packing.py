@@ -94,7 +94,7 @@ class BlockRows(_Shuffled):
     def gather(self, index: np.ndarray) -> Batch:
         index = np.asarray(index, np.int64)
         T = self.sequence_length
-        ragged = self._full < self._rows and bool((index == self._full).any())
+        ragged = self._full < self._rows and int(index.max(initial=0)) == self._full
         if ragged:  # the padded row at the end of the stream
             ids = np.zeros((len(index), T + 1), np.int32)
             whole = index < self._full
@@ -234,7 +234,7 @@ class PackedRows(_Shuffled):
 
     def gather(self, index: np.ndarray) -> Batch:
         index, T = np.asarray(index, np.int64), self.sequence_length
-        B, total = len(index), len(index) * T
+        B = len(index)
         counts = self._row_starts[index + 1] - self._row_starts[index]
         nth = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # piece within its row
         piece = np.repeat(self._row_starts[index], counts) + nth
@@ -247,20 +247,16 @@ class PackedRows(_Shuffled):
         begin[real], length[real], number[real] = self._begin[piece], self._length[piece], nth + 1
         length[last] = T - np.add.reduceat(length, last - counts)
         offset = np.cumsum(length) - length
-        place = np.arange(total)
+        place = np.arange(B * T)
         source = place + np.repeat(begin - offset, length)
         segments = np.repeat(number.astype(np.int32), length)
         inside = segments > 0
-        source *= inside  # padding reads token 0
-        tokens = np.where(inside, self._tokens[source], 0).astype(np.int32)
-        source += inside
-        targets = np.where(inside, self._tokens[source], 0).astype(np.int32)
+        # Padding reads whatever stands at the beginning (hence the clipping), and is blanked.
+        tokens = self._tokens.take(source, mode="clip").astype(np.int32)
+        tokens *= inside
+        source += 1
+        targets = self._tokens.take(source, mode="clip").astype(np.int32)
+        targets *= inside
         positions = (place - np.repeat(offset, length)).astype(np.int32)
-        shape = (B, T)
-        return Batch(
-            tokens.reshape(shape),
-            targets.reshape(shape),
-            inside.astype(np.float32).reshape(shape),
-            segments.reshape(shape),
-            positions.reshape(shape),
-        )
+        leaves = (tokens, targets, inside.astype(np.float32), segments, positions)
+        return Batch(*(leaf.reshape(B, T) for leaf in leaves))
