@@ -138,7 +138,7 @@ def main(arguments: list[str] | None = None) -> dict:
             for p in peers
         )
         print(
-            f"{name:26s}{row['million_tokens_per_second']:8.1f} M tokens/s {row['wall_milliseconds']:8.4f} ms {ratios}"
+            f"{name:26s}{row['million_tokens_per_second']:8.1f} M tokens/s {row['wall_milliseconds']:8.4f} ms {beside}"
         )
     result = {
         "benchmark": "data",
