@@ -2,9 +2,9 @@
 
     python -m experiments.benchmark_train --cases nano char bpe --rounds 7
 
-The two sides live in processes of their own and take turns, so that neither computes while the other is timed. Windows in
-which anything else used the machine are left out. What is reported is the median over rounds of the ratio of the two
-neighbouring windows; the losses of both sides are compared first, so the same thing is timed.
+The two sides live in processes of their own and take turns, so that neither computes while the other is timed. Windows
+in which anything else used the machine are left out. What is reported is the median over rounds of the ratio of the
+two neighbouring windows; the losses of both sides are compared first, so the same thing is timed.
 
 Needs the `dev` extra (PyTorch). Results are appended to `docs/benchmarks/train.jsonl`.
 """
@@ -58,7 +58,7 @@ def batches(case: Case, count: int = 8) -> np.ndarray:
 def initial_weights(case: Case) -> dict[str, np.ndarray]:
     """The same starting weights for both sides, under Hugging Face's GPT-2 names (kernels are [in, out])."""
     rng, D = np.random.default_rng(1), case.embed_dim
-    normal = lambda *shape: (0.02 * rng.standard_normal(shape)).astype(np.float32)  # noqa: E731
+    normal = lambda *shape: np.asarray(0.02 * rng.standard_normal(shape), np.float32)
     weights = {"wte": normal(case.vocab_size, D), "wpe": normal(case.length, D)}
     for i in range(case.num_layers):
         weights |= {f"{i}.qkv": normal(D, 3 * D), f"{i}.out": normal(D, D)}
@@ -178,13 +178,11 @@ SIDES = {"lmjax": lmjax_side, "torch": torch_side}
 
 def worker(side: str, case: Case, threads: int, bf16: bool, pipe: Any) -> None:
     """Runs windows of steps on request; answers with times, losses and memory."""
-    base = None
     cpus = sorted(os.sched_getaffinity(0))[:threads]
     os.sched_setaffinity(0, cpus)
     data = batches(case)
     step, version = SIDES[side](case, threads, bf16)
-    losses = []
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # after building model and optimizer, before the first step
+    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # model and optimizer are there, no step was taken yet
     losses = [step(data[i % len(data)]) for i in range(10)]
     growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base
     pipe.send({"version": version, "losses": losses, "memory_growth_mib": growth / 1024})
@@ -233,12 +231,12 @@ def compare(name: str, rounds: int, threads: int, bf16: bool, quiet: float) -> d
     for side, process in zip(SIDES, workers, strict=True):
         pipes[side].send(False)
         process.join()
-    ours, theirs = windows["lmjax"], windows["torch"]
-    calm = [i for i in range(rounds) if max(ours[i]["others"], theirs[i]["others"]) < quiet]
+    ours, peer = windows["lmjax"], windows["torch"]
+    calm = [i for i in range(rounds) if max(ours[i]["others"], peer[i]["others"]) < quiet]
     used = calm or range(rounds)
     tokens = case.batch * case.length
-    ratio = lambda key: statistics.median(theirs[i][key] / ours[i][key] for i in used)  # noqa: E731
-    median = lambda side, key: statistics.median(windows[side][i][key] for i in used)  # noqa: E731
+    ratio = lambda key: statistics.median(peer[i][key] / ours[i][key] for i in used)
+    median = lambda side, key: statistics.median(windows[side][i][key] for i in used)
     gap = max(abs(a - b) for a, b in zip(hello["lmjax"]["losses"], hello["torch"]["losses"], strict=True))
     return {
         "case": name,
@@ -263,7 +261,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="processors to use")
     parser.add_argument("--torch-bf16", action="store_true", help="bfloat16 autocast on the PyTorch side")
-    parser.add_argument("--quiet", type=float, default=0.05, help="leave out windows in which others used more than this")
+    parser.add_argument("--quiet", type=float, default=0.05, help="leave out windows with more load from others")
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks/train.jsonl"))
     arguments = parser.parse_args()
     for name in arguments.cases:

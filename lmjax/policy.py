@@ -14,9 +14,9 @@ from lmjax.batch import Batch
 from lmjax.errors import UserError
 from lmjax.losses import vocabulary
 from lmjax.losses.vocabulary import Head, Statistics
-from lmjax.models.table import Bigram
 from lmjax.models.config import BigramConfig, DecoderConfig, ModelConfig
 from lmjax.models.decoder import Decoder, ModelOutputs, Variables
+from lmjax.models.table import Bigram
 
 _BUILDERS: dict[type, Callable[[Any], Any]] = {DecoderConfig: Decoder, BigramConfig: Bigram}
 
@@ -230,7 +230,7 @@ class Outputs:
 
 
 def add_value_head(variables: Variables, key: jax.Array | None = None, std: float = 0.0) -> Variables:
-    """Adds the "value" collection: a scalar read from every hidden state, 0 everywhere at the start unless `std` > 0."""
+    """Adds the "value" collection: a scalar read from every hidden state, 0 everywhere at first unless `std` > 0."""
     hidden_dim = _embedding_width(variables["params"])
     kernel = jnp.zeros((hidden_dim, 1)) if key is None else std * jax.random.normal(key, (hidden_dim, 1))
     return variables | {"value": {"kernel": kernel, "bias": jnp.zeros((1,))}}

@@ -258,7 +258,7 @@ jax.tree_util.register_pytree_node(_Static, lambda s: ((), s.value), lambda valu
 
 def _unwrap(arrays: Any, rest: Any) -> tuple[Any, Any, _Static]:
     """Values of the custom derivative's arguments, and whether a gradient of the weight is wanted at all."""
-    is_primal = lambda x: hasattr(x, "perturbed")  # noqa: E731
+    is_primal = lambda x: hasattr(x, "perturbed")
     perturbed = any(leaf.perturbed for leaf in jax.tree.leaves(arrays, is_leaf=is_primal))
     values = jax.tree.map(lambda leaf: leaf.value, (arrays, rest), is_leaf=is_primal)
     return *values, _Static(perturbed)
@@ -281,7 +281,7 @@ def _arrays_gradient(head: Head, dweight: Any, dbias: Any, wanted: bool) -> Any:
     """Gradients of `head.arrays` in their own types, or None where nobody asked."""
     if not wanted:
         return None
-    cast = lambda gradient, like: None if like is None else gradient.astype(like.dtype)  # noqa: E731
+    cast = lambda gradient, like: None if like is None else gradient.astype(like.dtype)
     return cast(dweight, head.weight), cast(dbias, head.bias)
 
 
@@ -327,13 +327,13 @@ class _Fused(NamedTuple):
     loss_of: Callable[[Statistics, Any], jax.Array]
     treedef: Any
     cut: tuple[bool, ...]
-    count: int
+    slices: int
 
     def xs(self, part: _Slice, leaves: list[Any]) -> Any:
         cut_leaves = [leaf for leaf, cut in zip(leaves, self.cut, strict=True) if cut]
         T = part.targets.shape[1]
-        valid = (jnp.arange(self.count * -(-T // self.count)) < T).reshape(self.count, -1)
-        return *_split((part, cut_leaves), self.count), valid
+        valid = (jnp.arange(self.slices * -(-T // self.slices)) < T).reshape(self.slices, -1)
+        return *_split((part, cut_leaves), self.slices), valid
 
     def total(self, stats: Statistics, extras: Any, valid_t: jax.Array) -> jax.Array:
         return jnp.sum(jnp.where(valid_t, self.loss_of(stats, extras), 0.0))
@@ -358,7 +358,7 @@ def _fused(static: _Fused, arrays: Any, part: _Slice, leaves: list[Any]) -> tupl
         stats = jax.tree.map(lambda s: s.reshape(shape), stats)
         return loss + static.total(stats, static.extras(cut_leaves, leaves), valid), stats
 
-    loss, stats = _scan(body, jnp.zeros(()), static.xs(part, leaves), static.count)
+    loss, stats = _scan(body, jnp.zeros(()), static.xs(part, leaves), static.slices)
     return loss, _join(stats, part.targets.shape[1])
 
 
@@ -378,23 +378,23 @@ def _fused_forward(static: _Fused, arrays: Any, part: Any, leaves: Any) -> tuple
         value, cotangents = jax.value_and_grad(total)(named)
         cotangents = {k: v.reshape(-1) for k, v in cotangents.items() if k != "correct"}
         dz_NV = _logits_gradient(z_NV, piece.targets, stats["logsumexp"], stats, cotangents)
-        dhidden, *dhead = _head_gradient(head, piece, z_NV, dz_NV, weight_too)
-        darrays = jax.tree.map(jnp.add, darrays, _arrays_gradient(head, *dhead, weight_too))
+        dhidden, dweight, dbias = _head_gradient(head, piece, z_NV, dz_NV, weight_too)
+        darrays = jax.tree.map(jnp.add, darrays, _arrays_gradient(head, dweight, dbias, weight_too))
         return (loss + value, darrays), (dhidden.reshape(*shape, -1), named)
 
     start = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, head.arrays) if weight_too else None)
-    (loss, darrays), (dhidden, stats) = _scan(body, start, static.xs(part, leaves), static.count)
+    (loss, darrays), (dhidden, stats) = _scan(body, start, static.xs(part, leaves), static.slices)
     T = part.targets.shape[1]
     dhidden = _join(dhidden, T).astype(part.hidden.dtype)
-    return (loss, _join(stats, T)), (dhidden, darrays, head.arrays)
+    return (loss, _join(stats, T)), (dhidden, darrays)
 
 
 def _fused_backward(static: _Fused, residuals: Any, cotangents: Any) -> tuple[Any, Any, Any]:
-    dhidden, darrays, arrays = residuals
+    dhidden, darrays = residuals
     scale = cotangents[0]
     if isinstance(scale, jax.custom_derivatives.SymbolicZero):
         scale = jnp.zeros(())
-    darrays = jax.tree.map(jnp.zeros_like if darrays is None else lambda d: scale * d, arrays if darrays is None else darrays)
+    darrays = None if darrays is None else jax.tree.map(lambda d: scale * d, darrays)
     return darrays, _Slice((scale * dhidden).astype(dhidden.dtype), None, None), None  # type: ignore[arg-type]
 
 

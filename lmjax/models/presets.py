@@ -36,18 +36,20 @@ llama = _family(dict(tied_embeddings=False))
 mistral = llama
 qwen2 = _family(dict(qkv_bias=True, norm_eps=1e-6, rope_theta=1e6))
 qwen3 = _family(dict(qk_norm=True, norm_eps=1e-6, rope_theta=1e6))
-_GEMMA = dict(norm_position="sandwich", norm_unit_offset=True, norm_eps=1e-6, activation="gelu")
+_GEMMA: dict[str, Any] = dict(norm_position="sandwich", norm_unit_offset=True, norm_eps=1e-6, activation="gelu")
 
 
 def gemma2(vocab_size: int, **fields: Any) -> DecoderConfig:
     """Gemma 2: every other layer local, softcaps on scores and logits, embeddings scaled by sqrt(D)."""
-    traits = _GEMMA | dict(window=4096, window_pattern=(True, False), attention_softcap=50.0, logit_softcap=30.0)
+    traits = _GEMMA | dict[str, Any](
+        window=4096, window_pattern=(True, False), attention_softcap=50.0, logit_softcap=30.0
+    )
     return _scaled_embeddings(DecoderConfig(**(traits | {"vocab_size": vocab_size} | fields)), fields)
 
 
 def gemma3(vocab_size: int, **fields: Any) -> DecoderConfig:
     """Gemma 3: five local layers to a global one, each kind with its own RoPE base, QK-norm."""
-    traits = _GEMMA | dict(
+    traits = _GEMMA | dict[str, Any](
         window=512, window_pattern=(True,) * 5 + (False,), qk_norm=True, rope_theta=1e6, local_rope_theta=1e4
     )
     return _scaled_embeddings(DecoderConfig(**(traits | {"vocab_size": vocab_size} | fields)), fields)
@@ -59,10 +61,12 @@ def _scaled_embeddings(config: DecoderConfig, given: dict[str, Any]) -> DecoderC
 
 def small(vocab_size: int, **fields: Any) -> DecoderConfig:
     """Ours, for a laptop: pre-norm RMSNorm, RoPE, QK-norm, SwiGLU, tied embeddings."""
-    return DecoderConfig(**(dict(qk_norm=True) | {"vocab_size": vocab_size} | fields))
+    return DecoderConfig(**(dict[str, Any](qk_norm=True) | {"vocab_size": vocab_size} | fields))
 
 
-def _shape(num_layers: int, embed_dim: int, num_heads: int, num_kv_heads: int | None, mlp_dim: int | None, **more: Any):
+def _shape(
+    num_layers: int, embed_dim: int, num_heads: int, num_kv_heads: int | None, mlp_dim: int | None, **more: Any
+) -> dict[str, Any]:
     return dict(
         num_layers=num_layers,
         embed_dim=embed_dim,

@@ -89,15 +89,15 @@ def attend(
 ) -> jax.Array:
     """Softmax attention in plain XLA. [B, T, H, K] queries, [B, S, G, K] keys and values -> [B, T, H, K].
 
-    `jax.nn.dot_product_attention` does the same in 1.6 to 3.4 times the time on CPU, forward and backward: it leaves the
-    heads inside, which costs a transposition around each of its products, and computes all of the masked triangle.
+    `jax.nn.dot_product_attention` does the same in about twice the time on CPU, forward and backward: it leaves heads
+    inside, which costs a transposition around each of its products, and computes all of the masked triangle.
 
     Args:
       query, key, value: H is a multiple of G; each group of H / G heads shares a key head.
       mask: bool [B, 1, T, S].
       scale: multiplies the queries.
       softcap: scores pass through `c tanh(x / c)`.
-      index_causal: T == S and no query sees a key that stands behind it, so that work above the diagonal may be left out.
+      index_causal: T == S and no query sees a key that stands behind it, so work above the diagonal may be left out.
     """
     B, T, H, K = query.shape
     G = key.shape[2]

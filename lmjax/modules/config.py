@@ -126,7 +126,7 @@ class DecoderConfig:
                 raise UserError(f"{name} is {getattr(self, name)}; give a number of at least 1.")
         if self.head_dim is None and self.embed_dim % self.num_heads:
             raise UserError(
-                f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}; change one or set head_dim."
+                f"embed_dim {self.embed_dim} is no multiple of num_heads {self.num_heads}; change one or set head_dim."
             )
         if self.num_heads % self.kv_heads:
             raise UserError(

@@ -21,8 +21,8 @@ class Term:
 
     Attributes:
       name: what its metrics are called.
-      function: `(outputs, batch, *outputs of each role) -> (values, mask)` or `(values, mask, metrics)`. Values and mask
-        are [B, T] (tokens), [B] (rows) or [] (the batch); metrics map a name to a pair of that kind. Nothing is reduced.
+      function: `(outputs, batch, *outputs of each role) -> (values, mask)` or `(values, mask, metrics)`. Values and
+        mask are [B, T] (tokens), [B] (rows) or [] (the batch); metrics map a name to such a pair. Nothing is reduced.
       reducer: turns values and mask into a total and a weight.
       roles: names of the roles whose outputs it takes besides the policy's.
       stream: the batch it is computed on; None: the one stream no other term names.

@@ -80,7 +80,8 @@ def evaluate(
     coefficients = [coefficient_at(coefficient, jnp.asarray(step)) for coefficient, _ in objective.terms]
     names = objective.streams(batches)
     traces = _trace(objective, policy, variables, batches, roles)
-    loss, sums = jnp.zeros(()), {}
+    loss = jnp.zeros(())
+    sums: Sums = {}
     for number, stream in enumerate(sorted(set(names))):
         members = [index for index, name in enumerate(names) if name == stream]
         own_rng = None if rng is None else jax.random.fold_in(rng, number)
@@ -212,7 +213,7 @@ def _evaluate_stream(
         fused = all(traces[i].program == token_program(terms[i], batch, length) for i in reading)
     blank = {name: jnp.zeros(batch.tokens.shape) for name in vocabulary.STATISTICS}
 
-    def reduced(index: int, views: Mapping[str, Any]) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
+    def reduced(index: int, views: dict[str, Any]) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
         """Values, coefficients, weight and metrics of one term."""
         values, mask, metrics = call(terms[index], views, batch)
         share, weight = terms[index].reducer.coefficients(jax.lax.stop_gradient(mask), batch.segments)

@@ -34,7 +34,7 @@ ELEMENTWISE = frozenset(
 )
 # In a derivative, a custom rule is only left where nothing is differentiated; elsewhere stands what it says.
 CALLS = frozenset(
-    """jit pjit closed_call core_call remat remat2 checkpoint custom_jvp_call custom_vjp_call""".split()
+    ["jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call"]
 )
 LAYOUT = frozenset({"shape", "sharding", "out_sharding"})  # parameters that follow from the operands
 
