@@ -210,14 +210,10 @@ class Dataset:
         self.rows = sum(len(r) for r in rows)
         weights = [s.weight for s in config.sources()]
         self.plan = BatchPlan(rows, batch_size, weights, config.seed, process_index, process_count)
+        # By content, not by name and date of the files: a run resumes on a copy of its data.
+        content = [[c.metadata["files"][f"train.{part}"] for part in ("tokens", "ends")] for c in self._train]
         self.fingerprint = digest(
-            [
-                [c.metadata["fingerprint"] for c in self._train],
-                weights,
-                config.seed,
-                config.sequence_length,
-                config.packing,
-            ]
+            [content, tokenizer.fingerprint(), weights, config.seed, config.sequence_length, config.packing]
         )
 
     @property

@@ -190,6 +190,18 @@ def test_resume_through_the_dataset(folder):
         make(folder, seed=1).train().set_state(state)
 
 
+def test_a_state_holds_on_a_copy_of_the_data_and_not_on_changed_text(folder, tmp_path):
+    state = make(folder).train().get_state()
+    text = (folder / "many.txt").read_text()
+    (tmp_path / "copy.txt").write_text(text)
+    copy = make(folder, path=str(tmp_path / "copy.txt"))
+    assert copy.cache_path != make(folder).cache_path
+    copy.train().set_state(state)
+    (tmp_path / "copy.txt").write_text(text.replace("alpha", "alphb"))
+    with pytest.raises(UserError, match="other data"):
+        make(folder, path=str(tmp_path / "copy.txt")).train().set_state(state)
+
+
 CHANGES = {
     "kind": dict(kind="jsonl"),
     "path": dict(path="other.txt"),
