@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+import jax
 import pytest
 
 from lmjax.models import presets
@@ -59,5 +60,5 @@ def test_the_options_that_name_a_kind_are_all_registered():
 
 
 def test_tiny_policy_has_the_traits_the_laws_need():
-    head = tiny_policy().model.head({"params": {"embed": {"embedding": 0.0}}} | {})._asdict()
-    assert head["softcap"] == 20.0 and head["scale"] == 1.5
+    head = tiny_policy().model.head(tiny_policy().init(jax.random.key(0)))
+    assert head.softcap == 20.0 and head.scale == 0.5
