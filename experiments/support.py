@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lmjax as lm
 from lmjax.errors import UserError
+from lmjax.models.config import DecoderConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -82,6 +84,8 @@ def open_model(path: str, *, step: str = "last", average: bool | None = None, to
     Raises:
       UserError: the directory is neither, has no such checkpoint, or no tokenizer.
     """
+    if not path:
+        raise UserError("no model is named; give --model a run directory or a Hugging Face model directory")
     folder = Path(path).expanduser()
     if (folder / "checkpoints").is_dir():
         return _open_run(folder, step, average, tokenizer)
@@ -118,13 +122,25 @@ def _open_run(folder: Path, step: str, average: bool | None, tokenizer: str) -> 
     variables = lm.training.load_part(checkpoints, "variables", chosen)
     if has_average and average is not False:
         variables = variables | lm.training.load_part(checkpoints, "ema", chosen)
-    if config.model.__class__.__name__ == "DecoderConfig" and config.model.scanned:
+    if isinstance(config.model, DecoderConfig) and config.model.scanned:
         variables = lm.models.stack_layers(variables)
     own = lm.tokenizers.load(tokenizer or str(folder / TOKENIZER))
-    if own.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"the tokenizer has {own.vocab_size} ids but the model of {folder} only {config.model.vocab_size}; "
-            "use the model's own"
-        )
     what = f"{folder}, step {metadata['step']}" + (", moving average" if has_average and average is not False else "")
     return OpenedModel(policy, jax.device_put(variables), own, config.data.document_markers, what)
+
+
+def output_folder(run_dir: str | None, model: str, name: str) -> Path:
+    """Where an experiment that reads a model writes: the run directory given, or else the model's own, or else a
+    new one.
+
+    Raises:
+      UserError: it cannot be made.
+    """
+    own = Path(model).expanduser()
+    new = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(run_dir) if run_dir else own if (own / "checkpoints").is_dir() else new
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}): choose another --run-dir") from error
+    return folder

@@ -113,7 +113,8 @@ def evaluate_batches(
         if len(waiting) > _AHEAD:
             take(1)
     take(len(waiting))
-    return Score(*totals, bytes=getattr(batches, "bytes", None))
+    nats, tokens, correct = totals
+    return Score(nats, tokens, correct, getattr(batches, "bytes", None))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
