@@ -132,7 +132,7 @@ REFUSED = {
         dict(model_type="gpt2", n_embd=8, n_layer=1, n_head=1, scale_attn_by_inverse_layer_idx=True),
         "layer's index",
     ),
-    "heads": ({"num_key_value_heads": 3}, "not a multiple"),
+    "heads": ({"num_key_value_heads": 3}, "num_kv_heads 3"),
 }
 
 

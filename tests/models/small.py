@@ -42,7 +42,7 @@ def variables_of(config: DecoderConfig) -> Any:
 
     def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         noise = random.standard_normal(leaf.shape)
-        one = path[-1].key == "scale" and not config.norm_unit_offset
+        one = path[-1].key == "scale"
         return (noise * (0.3 if leaf.ndim > 1 else 0.1) + one).astype(np.float32)
 
     return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(Decoder(config).init, jax.random.key(0)))

@@ -44,7 +44,7 @@ CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "norm_eps": ("outputs", 1e-3, {}),
     "norm_bias": ("shapes", False, LAYER_NORM),
     "norm_position": ("shapes", "sandwich", {}),
-    "norm_unit_offset": ("init", True, {}),
+    "norm_unit_offset": ("outputs", True, {}),
     "qk_norm": ("shapes", True, {}),
     "qkv_bias": ("shapes", True, {}),
     "output_bias": ("shapes", True, {}),
