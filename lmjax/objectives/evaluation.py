@@ -208,7 +208,8 @@ def _evaluate_stream(
         output.expecting(request(traces, name), outputs)
     own = outputs["policy"]
     reading = [i for i, seen in enumerate(traces) if "policy" in seen.probe.statistics or "policy" in seen.probe.maps]
-    fused = bool(reading) and all(traces[i].tokenwise for i in reading)
+    wanted = request(traces, "policy")
+    fused = bool(reading) and all(traces[i].tokenwise for i in reading) and not wanted.logits
     if fused and (length := own.slice_length) < batch.tokens.shape[1]:
         fused = all(traces[i].program == token_program(terms[i], batch, length) for i in reading)
     blank = {name: jnp.zeros(batch.tokens.shape) for name in vocabulary.STATISTICS}
@@ -231,7 +232,6 @@ def _evaluate_stream(
             for name in outputs
             if name != "policy" and (output_request := request(traces, name)).statistics
         }
-        wanted = sorted(request(traces, "policy").statistics)
         shares = {}
         for i in reading:
             share, weight = share_and_weight(i)
@@ -255,7 +255,7 @@ def _evaluate_stream(
             loss_of,
             (batch, others, shares),
             temperature_B=batch.temperature,
-            wanted=wanted,
+            wanted=sorted(wanted.statistics),
             elements=own.policy.chunk_elements,
         )
         own.with_statistics(statistics)
