@@ -94,31 +94,31 @@ def run(config: PretrainConfig, options: command_line.Options) -> int:
         )
         return config.sample_prompt + completion_text(data.tokenizer, found.tokens[0], found.lengths[0])
 
-    # The run directory, its checkpoints, and the loop.
+    # Where the run left off, if it did. Nothing is written before all that can be refused has been.
     folder = Path(options.run_dir or _new_run(options))
-    with (
-        lm.training.RunDirectory.open(folder, config, command_line.format_config(config)) as directory,
-        lm.training.Checkpointer(
-            directory.checkpoints,
-            config.checkpoint,
-            to_disk=lm.models.unstack_layers,
-            from_disk=lm.models.stack_layers,
-        ) as checkpointer,
-    ):
-        checkpointer.check(plan.shapes)
+    checkpointer = lm.training.Checkpointer(
+        folder / "checkpoints",
+        config.checkpoint,
+        to_disk=lm.models.unstack_layers,
+        from_disk=lm.models.stack_layers,
+    )
+    checkpointer.check(plan.shapes)
+    key = jax.random.key(config.seed)
+    fresh = lm.training.init_state(policy, optimizer, key, mesh=mesh, ema=config.ema_decay > 0)
+    batches = data.train()
+    state, start = lm.training.resume(checkpointer, fresh, batches)
+
+    with checkpointer, lm.training.RunDirectory.open(folder, config, command_line.format_config(config)) as directory:
+        directory.truncate(start)
         data.tokenizer.save(folder / TOKENIZER)
         print(
-            f"data        {data.train_tokens:,} training tokens, {data.validation_tokens:,} held out, "
-            f"vocabulary {data.vocab_size:,}\n{plan.summary}\nrun         {folder}",
+            f"data        {data.train_tokens:,} training tokens, {data.validation_tokens:,} held out, vocabulary "
+            f"{data.vocab_size:,}\n{plan.summary}\nrun         {folder}"
+            + (f"\nresumed     from step {start:,}" if start else ""),
             flush=True,
         )
-        key = jax.random.key(config.seed)
-        state = lm.training.init_state(policy, optimizer, key, mesh=mesh, ema=config.ema_decay > 0)
-        before = score(state, held_out) if config.compare and held_out is not None else None
-        batches = data.train()
-        state, start = lm.training.resume(checkpointer, state, batches, directory)
-        if start:
-            print(f"resumed     from step {start:,}", flush=True)
+        before = score(fresh, held_out) if config.compare and held_out is not None else None
+        del fresh
         result = lm.training.run(
             step,
             state,
