@@ -38,8 +38,10 @@ def jensen_shannon(logits: jax.Array, other: jax.Array, beta: float = 0.5) -> ja
     The form of GKD (arXiv:2306.13649) with p the student and q the teacher; `beta` strictly between 0 and 1.
     """
     logp, logq = jax.nn.log_softmax(logits), jax.nn.log_softmax(other)
-    logm = jnp.logaddexp(logp + jnp.log1p(-beta), logq + jnp.log(beta))
-    return beta * _expectation(jnp.exp(logq), logq - logm) + (1 - beta) * _expectation(jnp.exp(logp), logp - logm)
+    p, q = jnp.exp(logp), jnp.exp(logq)
+    mixture = (1 - beta) * p + beta * q
+    logm = jnp.log(jnp.where(mixture > 0, mixture, 1.0))  # where it is 0, so are p and q
+    return beta * _expectation(q, logq - logm) + (1 - beta) * _expectation(p, logp - logm)
 
 
 def top_k_kl(logits: jax.Array, other: jax.Array, k: int) -> jax.Array:
