@@ -34,7 +34,7 @@ __getattr__, __dir__, __all__ = attach(
         "optimizers": ["make_optimizer"],
         "run_directory": ["RunDirectory"],
         "schedules": ["make_schedule"],
-        "state": ["TrainState", "init_state"],
+        "state": ["TrainState", "init_state", "new_state"],
         "step": ["make_step"],
     },
 )

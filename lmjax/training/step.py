@@ -105,7 +105,7 @@ def make_step(
             }
             result = dataclasses.replace(result, sums=result.sums | whole)
 
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         flags = {
             f"nonfinite/{label}": ~jnp.isfinite(result.sums[f"loss/{label}"][0]) for label in objective.labels
         }
