@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmjax.batch import Batch
 from lmjax.errors import UserError
-from lmjax.losses.vocabulary import logits_of
 from lmjax.models.config import DecoderConfig
 from lmjax.models.decoder import Variables
 from lmjax.models.layout import unstack_layers
-from lmjax.policy import Policy
+from lmjax.policy import Outputs, Policy
 
 SHORTEST_BUCKET = 16  # prompts are padded to a power of two, this one at the least
 
@@ -46,7 +46,7 @@ class _State(NamedTuple):
     """What the loop carries."""
 
     step: jax.Array  # [], tokens already chosen
-    last: jax.Array  # int32 [B], the newest of them
+    last: jax.Array  # int32 [B], the newest of each row, not read yet
     tokens: jax.Array  # int32 [B, N]
     logprobs: jax.Array  # float32 [B, N]
     lengths: jax.Array  # int32 [B]
@@ -111,21 +111,15 @@ def generate(
     )
 
 
-def _check(
-    policy: Policy, rows: list[np.ndarray], max_new_tokens: int, temperature: float, top_k: int
-) -> None:
+def _check(policy: Policy, rows: list[np.ndarray], max_new_tokens: int, temperature: float, top_k: int) -> None:
     config = policy.config
     if not rows or min(map(len, rows)) == 0:
         what = "prompt 0" if not rows else f"prompt {[len(row) for row in rows].index(0)}"
-        raise UserError(
-            f"{what} has no tokens; give each prompt at least one, such as the tokenizer's bos or eos."
-        )
+        raise UserError(f"{what} has no tokens; give each prompt at least one, such as the tokenizer's bos or eos.")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; ask for at least 1.")
     if not temperature >= 0:
-        raise UserError(
-            f"temperature is {temperature}; give 0 for the likeliest token, or a positive number."
-        )
+        raise UserError(f"temperature is {temperature}; give 0 for the likeliest token, or a positive number.")
     if not 0 <= top_k <= config.vocab_size:
         raise UserError(
             f"top_k is {top_k}; give 0 for all tokens, or a number up to the {config.vocab_size} there are."
@@ -170,53 +164,45 @@ def _generate(
     tokens_BP, segments_BP, positions_BP = prompt
     B, P = tokens_BP.shape
     keys_B = jax.random.split(key, B)
-    head = policy.model.head(variables)
+    temperature_B = jnp.broadcast_to(temperature, (B,))
 
-    def forward(cache: Variables, *inputs: jax.Array) -> tuple[jax.Array, Variables]:
-        """Hidden states [B, D] of the last token, and the cache with all of them in it."""
-        outputs = policy.model.apply(variables | {"cache": cache}, *inputs)
-        return outputs.hidden[:, -1], outputs.cache
+    def forward(cache: Variables, tokens: jax.Array, segments: jax.Array, positions: jax.Array) -> Outputs:
+        weightless = jnp.zeros(tokens.shape)
+        batch = Batch(tokens, tokens, weightless, segments, positions, temperature_B)
+        return policy(variables | {"cache": cache}, batch)
 
-    def choose(hidden_BD: jax.Array, state: _State) -> _State:
-        """One more token of each row."""
-        z_BV = logits_of(head, hidden_BD, jnp.broadcast_to(temperature, (B,)))
+    def body(state: _State) -> _State:
+        """Reads the newest token of each row and chooses the next."""
+        position_B = positions_BP[:, -1] + state.step
+        outputs = forward(state.cache, state.last[:, None], jnp.ones((B, 1), jnp.int32), position_B[:, None])
+        z_BV = outputs.logits[:, 0]
         chosen_B = jnp.argmax(z_BV, axis=-1) if greedy else _sample(z_BV, keys_B, state.step, top_k)
-        logprob_B = jnp.take_along_axis(z_BV, chosen_B[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(
-            z_BV, axis=-1
-        )
+        logprob_B = jnp.take_along_axis(z_BV, chosen_B[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(z_BV, axis=-1)
         chosen_B = jnp.where(state.done, 0, chosen_B).astype(jnp.int32)
-        logprob_B = jnp.where(state.done, 0.0, logprob_B)
         at = (0, state.step)
-        return state._replace(
+        return _State(
             step=state.step + 1,
             last=chosen_B,
             tokens=jax.lax.dynamic_update_slice(state.tokens, chosen_B[:, None], at),
-            logprobs=jax.lax.dynamic_update_slice(state.logprobs, logprob_B[:, None], at),
+            logprobs=jax.lax.dynamic_update_slice(state.logprobs, jnp.where(state.done, 0.0, logprob_B)[:, None], at),
             lengths=state.lengths + ~state.done,
             done=state.done | (chosen_B == eos),
+            cache=outputs.cache,
         )
 
-    def body(state: _State) -> _State:
-        position_B = positions_BP[:, -1] + state.step
-        hidden_BD, cache = forward(
-            state.cache, state.last[:, None], jnp.ones((B, 1), jnp.int32), position_B[:, None]
-        )
-        return choose(hidden_BD, state._replace(cache=cache))
-
-    hidden_BD, cache = forward(policy.init_cache(B, P + N), tokens_BP, segments_BP, positions_BP)
-    empty = jnp.zeros((B,), jnp.int32)
+    # The prompts but for their last token, which is the first that the loop reads.
+    cache = policy.init_cache(B, P + N)
+    cache = forward(cache, tokens_BP[:, :-1], segments_BP[:, :-1], positions_BP[:, :-1]).cache
     start = _State(
-        jnp.zeros((), jnp.int32),
-        empty,
-        jnp.zeros((B, N), jnp.int32),
-        jnp.zeros((B, N)),
-        empty,
-        empty > 0,
-        cache,
+        step=jnp.zeros((), jnp.int32),
+        last=tokens_BP[:, -1],
+        tokens=jnp.zeros((B, N), jnp.int32),
+        logprobs=jnp.zeros((B, N)),
+        lengths=jnp.zeros((B,), jnp.int32),
+        done=jnp.zeros((B,), bool),
+        cache=cache,
     )
-    end = jax.lax.while_loop(
-        lambda state: (state.step < N) & ~jnp.all(state.done), body, choose(hidden_BD, start)
-    )
+    end = jax.lax.while_loop(lambda state: (state.step < N) & ~jnp.all(state.done), body, start)
     return Generation(end.tokens, end.logprobs, end.lengths)
 
 
