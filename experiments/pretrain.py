@@ -41,6 +41,7 @@ def run(config: PretrainConfig, options: command_line.Options) -> int:
             return 0
 
     # The text, tokenized once and then read from a cache. The tokenizer settles the model's vocabulary.
+    print("reading the text; the first time, it is tokenized", flush=True)
     processes = dict(process_index=jax.process_index(), process_count=jax.process_count())
     data = lm.data.load(config.data, config.batch_size, **processes)
     config = config.with_vocabulary(data.vocab_size)

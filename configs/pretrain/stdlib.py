@@ -18,7 +18,7 @@ config = PretrainConfig(
     loop=LoopConfig(steps=2000, eval_every=250, sample_every=500),
     checkpoint=CheckpointConfig(every=250),
     batch_size=8,
-    eval_batches=4,
+    eval_batches=8,
     eval_batch_size=16,
     compare=True,
     sample_prompt="def read(self, ",

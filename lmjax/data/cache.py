@@ -14,6 +14,7 @@ import dataclasses
 import errno
 import json
 import os
+import sys
 import shutil
 import time
 import zlib
@@ -182,10 +183,11 @@ def _lock(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _bar(show: bool, what: str, meter: Callable[[], tuple[int, int | None]] | None) -> Iterator[Callable[[], None]]:
-    if not show or meter is None:
+    if not show or meter is None or not sys.stderr.isatty():
         yield lambda: None
         return
     from rich import progress as rich_progress
+    from rich.console import Console
 
     columns = (
         rich_progress.TextColumn("{task.description}"),
@@ -194,7 +196,7 @@ def _bar(show: bool, what: str, meter: Callable[[], tuple[int, int | None]] | No
         rich_progress.TransferSpeedColumn(),
         rich_progress.TimeRemainingColumn(),
     )
-    with rich_progress.Progress(*columns, transient=True) as bar:
+    with rich_progress.Progress(*columns, transient=True, console=Console(stderr=True)) as bar:
         task = bar.add_task(what, total=None)
 
         def advance() -> None:
