@@ -14,8 +14,8 @@ import dataclasses
 import errno
 import json
 import os
-import sys
 import shutil
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
