@@ -115,21 +115,21 @@ def make_step(
         if clip_norm is not None:
             scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))
             gradients = jax.tree.map(lambda g: g * scale, gradients)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, part, step=state.step)
-        updated = optax.apply_updates(part, updates)
-        average = state.ema
-        if ema_decay is not None:
-            average = jax.tree.map(lambda a, p: ema_decay * a + (1 - ema_decay) * p, state.ema, updated)
 
-        def keep(new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        def update(old: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+            part, opt_state, average = old
+            updates, opt_state = optimizer.update(gradients, opt_state, part, step=state.step)
+            part = optax.apply_updates(part, updates)
+            if ema_decay is not None:
+                average = jax.tree.map(lambda a, p: ema_decay * a + (1 - ema_decay) * p, average, part)
+            return part, opt_state, average
 
+        # A branch, not a select: selecting between old and new makes the compiler copy the whole optimizer state.
+        part, opt_state, average = jax.lax.cond(
+            finite, update, lambda old: old, (part, state.opt_state, state.ema)
+        )
         new_state = dataclasses.replace(
-            state,
-            step=state.step + 1,
-            variables=state.variables | keep(updated, part),
-            opt_state=keep(opt_state, state.opt_state),
-            ema=keep(average, state.ema),
+            state, step=state.step + 1, variables=state.variables | part, opt_state=opt_state, ema=average
         )
         metrics = finalize(result.sums) | {name: flag.astype(jnp.float32) for name, flag in flags.items()}
         metrics["grad_norm"] = norm
