@@ -64,7 +64,7 @@ def test_temperature_divides_logits_everywhere():
 
 
 def test_value_head():
-    with pytest.raises(UserError, match="no value head; add one with lmjax.policy.add_value_head"):
+    with pytest.raises(UserError, match=r"no value head; add one with lmjax\.policy\.add_value_head"):
         _ = POLICY(VARIABLES, BATCH).values
     zero = POLICY(add_value_head(VARIABLES), BATCH).values
     assert zero.shape == (2, 5) and not np.any(zero)

@@ -27,9 +27,10 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 # Operations that treat every element alike. Anything else makes a term take the general path.
 ELEMENTWISE = frozenset(
-    """abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy copy_p cos
-    cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow is_finite le lgamma log log1p
-    logistic lt max min mul ne neg nextafter not or pow real rem round rsqrt select_n sign sin sinh sqrt square
+    """abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type cbrt ceil clamp
+    convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt
+    imag integer_pow is_finite le lgamma log log1p log2 logistic lt max min mul ne neg nextafter not
+    one_minus_square or polygamma polynomial pow real rem round rsqrt select_n sign sin sinh sqrt square
     stop_gradient sub tan tanh xor""".split()
 )
 # In a derivative, a custom rule is only left where nothing is differentiated; elsewhere stands what it says.
@@ -233,7 +234,7 @@ def _program(closed: Any, shape_BT: tuple[int, int]) -> Program | None:
         if name in CALLS and inner is not None:
             inner = inner if hasattr(inner, "consts") else jex.ClosedJaxpr(inner, ())
             detail = _program(inner, shape_BT)
-        elif name in ELEMENTWISE or (name == "broadcast_in_dim" and _keeps_time(equation, shape_BT)):
+        elif _is_elementwise(equation) or (name == "broadcast_in_dim" and _keeps_time(equation, shape_BT)):
             detail = tuple((k, repr(v)) for k, v in sorted(parameters.items()) if k not in LAYOUT)
         else:
             return None
@@ -265,6 +266,12 @@ def _constant(value: Any) -> Any:
     if isinstance(value, jax.core.Tracer):
         return ("tracer", id(value))
     return ("scalar", str(jnp.result_type(value)), np.asarray(value).item())
+
+
+def _is_elementwise(equation: Any) -> bool:
+    """Shapes count too: a bitcast to a narrower type adds an axis."""
+    shapes = [v.aval.shape for v in equation.invars]
+    return equation.primitive.name in ELEMENTWISE and equation.outvars[0].aval.shape in shapes
 
 
 def _keeps_time(equation: Any, shape_BT: tuple[int, int]) -> bool:

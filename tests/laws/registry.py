@@ -118,14 +118,14 @@ def tiny_roles(policy: lm.Policy) -> dict[str, Role]:
 def everything(*, fused: bool, product: bool = False) -> Objective:
     """The sum of all cases of a kind that split, coefficients all different. Terms are named `case:reducer`.
 
-    Each case has one of the reducers in turn, and the first one has all; under `product` all have all. A single term
-    that is not fused takes the others along to the general path, so cross-entropy is in both sums.
+    Each case has one of the reducers in turn, and cross-entropy has all where it is fused; under `product` all have
+    all. A term that is not fused takes the others along to the general path, so cross-entropy is in both sums.
     """
     found: list[Objective] = []
     cases = [name for name, case in TERMS.items() if case.splits and (case.fused == fused or name == "cross_entropy")]
     reducers = list(REDUCERS.items())
     for number, name in enumerate(cases):
-        every = product or number == 0
+        every = product or (fused and number == 0)
         for reducer_name, reducer in reducers if every else [reducers[number % len(reducers)]]:
             coefficient = 0.1 + 0.37 * (len(found) * 0.618 % 1.0)
             found.append(coefficient * TERMS[name].build(reducer).named(f"{name}:{reducer_name}"))

@@ -115,11 +115,12 @@ def test_float64_agreement_and_finite_differences():
         step = 1e-6
         quotient = (loss(hidden + step * direction) - loss(hidden - step * direction)) / (2 * step)
     head = Head(jnp.asarray(weight, jnp.float32), softcap=2.0)
-    gradient = jax.grad(
-        lambda h: jnp.sum(
-            token_statistics(head, h, jnp.asarray(targets), temperature_B=jnp.full(2, 0.7), wanted=["logprobs"])["logprobs"]
-        )
-    )(jnp.asarray(hidden, jnp.float32))
+
+    def ours(hidden):
+        tempered = jnp.full(2, 0.7)
+        return token_statistics(head, hidden, jnp.asarray(targets), temperature_B=tempered)["logprobs"].sum()
+
+    gradient = jax.grad(ours)(jnp.asarray(hidden, jnp.float32))
     np.testing.assert_allclose(np.sum(gradient * direction), quotient, rtol=1e-5)
 
 

@@ -81,7 +81,7 @@ def test_streams():
 
 def test_streams_that_are_not_there_or_could_be_several():
     batches = {"web": _batch(), "code": _batch()}
-    with pytest.raises(UserError, match="could be meant for code or web; say which with .on"):
+    with pytest.raises(UserError, match=r"could be meant for code or web; say which with \.on"):
         _loss(cross_entropy(), batches)
     with pytest.raises(UserError, match="no batch is called 'wiki'; there are code, web"):
         _loss(cross_entropy().on("wiki"), batches)
@@ -95,7 +95,7 @@ def test_roles():
     expected = float(jnp.mean(POLICY(VARIABLES, _batch()).logprobs - POLICY(other, _batch()).logprobs))
     assert _loss(objective, roles={"reference": other}) == pytest.approx(expected, rel=1e-5)
     assert _loss(objective, roles={"reference": lambda variables: variables}) == 0.0
-    with pytest.raises(UserError, match="needs the role 'reference'; pass roles="):
+    with pytest.raises(UserError, match=r"needs the role 'reference'; pass roles="):
         _loss(objective)
     assert (objective + divergence("teacher")).roles == ("reference", "teacher")
 

@@ -92,6 +92,7 @@ TOKENWISE = {
     "relu": lambda o, b, r: jax.nn.relu(o.logprobs + 2.0),
     "softplus": lambda o, b, r: jax.nn.softplus(o.logsumexp) * jax.nn.sigmoid(o.logprobs),
     "gelu_silu": lambda o, b, r: jax.nn.gelu(o.entropy) + jax.nn.silu(o.logprobs) + jax.nn.log_sigmoid(o.logprobs),
+    "erf_tanh": lambda o, b, r: jax.scipy.special.erf(o.logprobs) + jnp.tanh(o.entropy) * jnp.log2(o.sum_p2),
     "stop_gradient": lambda o, b, r: jax.lax.stop_gradient(o.logprobs) * o.entropy,
     "clipped_ratio": lambda o, b, r: jnp.minimum(_ratio(o, b, r), jnp.clip(_ratio(o, b, r), 0.8, 1.2)),
     "integers": lambda o, b, r: o.logprobs * (b.positions % 2) + o.entropy * (b.targets == 3),
@@ -247,7 +248,7 @@ def test_a_token_without_weight_cannot_poison_the_gradient(extra):
 
 
 LEAVES = st.sampled_from(
-    ["o.logprobs", "o.entropy", "o.logsumexp", "o.sum_p2", "o.mean_logits", "r.logprobs", "b.mask", "b.positions", "0.7"]
+    ["o.logprobs", "o.entropy", "o.logsumexp", "o.sum_p2", "o.mean_logits", "r.logprobs", "b.mask", "b.positions"]
 )
 UNARY = st.sampled_from(["jnp.tanh({})", "jax.nn.softplus({})", "-({})", "jax.lax.stop_gradient({})", "jnp.sin({})"])
 BINARY = st.sampled_from(["({} + {})", "({} * {})", "jnp.maximum({}, {})", "jnp.where(b.targets > 3, {}, {})"])
@@ -260,7 +261,9 @@ EXPRESSIONS = st.recursive(
 )
 
 
-@hypothesis.settings(max_examples=10, deadline=None, derandomize=True, phases=[hypothesis.Phase.generate])
+@hypothesis.settings(
+    max_examples=10, deadline=None, derandomize=True, database=None, phases=[hypothesis.Phase.generate]
+)
 @hypothesis.given(EXPRESSIONS)
 def test_random_tokenwise_terms(expression):
     function = eval(f"lambda o, b, r: 0.5 * o.logprobs + {expression}", {"jnp": jnp, "jax": jax})
