@@ -1,4 +1,4 @@
-"""The built-in corpus, the source text of the running Python's standard library, for half an hour on a CPU."""
+"""The built-in corpus, the source text of the running Python's standard library, for an hour or so on two CPU cores."""
 
 from experiments.pretrain_config import FROM_TOKENIZER, PretrainConfig
 from lmjax.data.config import DataConfig
