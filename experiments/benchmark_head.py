@@ -2,9 +2,9 @@
 
     python -m experiments.benchmark_head --embed-dim 256 --rounds 9
 
-Both take mean cross-entropy of 4,096 tokens over 50,304 words and its gradients by hidden states and weights, in float32.
-Temporary memory is what the compiler reserves beyond arguments and results. Rounds alternate; the ratio is the median over
-rounds. Results are appended to `docs/benchmarks/head.jsonl`.
+Both take mean cross-entropy of 4,096 tokens over 50,304 words and its gradients by hidden states and weights, in
+float32. Temporary memory is what the compiler reserves beyond arguments and results. Rounds alternate; the ratio is the
+median over rounds. Results are appended to `docs/benchmarks/head.jsonl`.
 """
 
 from __future__ import annotations

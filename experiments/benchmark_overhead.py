@@ -2,9 +2,9 @@
 
     python -m experiments.benchmark_overhead
 
-Imports and compilation are timed in fresh processes (processor seconds; the cache of compiled programs is a new folder).
-The host's share of a step is that of a program with the same arguments and results that computes nothing. Results are
-appended to `docs/benchmarks/overhead.jsonl`.
+Imports and compilation are timed in fresh processes; the cache of compiled programs is a new folder. The host's share
+of a step is that of a program with the same arguments and results that computes nothing. Results are appended to
+`docs/benchmarks/overhead.jsonl`.
 """
 
 from __future__ import annotations
