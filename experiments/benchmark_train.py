@@ -27,6 +27,8 @@ from typing import Any
 
 import numpy as np
 
+from lmjax.host_memory import KEEP, VARIABLE
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -216,6 +218,7 @@ def machine() -> dict[str, Any]:
 def compare(name: str, rounds: int, threads: int, bf16: bool, quiet: float) -> dict[str, Any]:
     """One case: both sides in turns, `rounds` times."""
     case, context = CASES[name], multiprocessing.get_context("spawn")
+    os.environ.setdefault(VARIABLE, KEEP)  # as experiments run; both sides get it
     pipes, workers, hello = {}, [], {}
     for side in SIDES:
         pipes[side], theirs = context.Pipe()

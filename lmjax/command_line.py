@@ -19,6 +19,7 @@ from typing import Annotated, Any, TypeVar
 
 from lmjax.config_files import format_config, load_config, suggest
 from lmjax.errors import UserError
+from lmjax.host_memory import keep_freed_memory
 
 __all__ = ["Options", "format_config", "load_config", "main", "parse"]
 
@@ -62,6 +63,8 @@ def main(
         if print_config:
             print(format_config(config), end="")
             return
+        if argv is None:
+            keep_freed_memory()
         status = experiment(config, options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Literal
 
 import pytest
 
-from lmjax import command_line, config_files
+from lmjax import command_line, config_files, host_memory
 from lmjax.errors import UserError
 from lmjax.sharding.config import MeshShape
 
@@ -374,3 +375,26 @@ def test_no_heavy_library_is_loaded(tmp_path, argv):
     if argv[0] == "--step":
         assert done.returncode == 2
         assert done.stderr.startswith("error: there is no option --step; did you mean --steps?\n")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_an_experiment_runs_with_an_allocator_that_keeps_memory(tmp_path):
+    """Restarted once, with the same arguments and process id; a setting of the user's own is left alone."""
+    script = tmp_path / "experiment.py"
+    script.write_text(
+        "import dataclasses, os, sys\n"
+        "from lmjax import command_line, host_memory\n"
+        "@dataclasses.dataclass(frozen=True)\n"
+        "class Config:\n"
+        "    steps: int = 1\n"
+        "def run(config, options):\n"
+        "    print(config.steps, os.getpid(), os.environ[host_memory.VARIABLE])\n"
+        "command_line.main(run, Config())\n"
+    )
+    bare = {k: v for k, v in os.environ.items() if k != host_memory.VARIABLE}
+    for environment, setting in ((bare, host_memory.KEEP), ({**bare, host_memory.VARIABLE: " "}, "")):
+        process = subprocess.Popen(
+            [sys.executable, str(script), "--steps", "7"], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        out, _ = process.communicate(timeout=60)
+        assert out.split() == ["7", str(process.pid), *setting.split()]

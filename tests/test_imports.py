@@ -15,7 +15,7 @@ import lmjax
 ROOT = Path(lmjax.__file__).parent
 
 # From the bottom to the top; a room imports only rooms of lower rank. See docs/architecture.md.
-GROUND = ("_lazy", "errors", "batch", "config_files", "command_line")
+GROUND = ("_lazy", "errors", "batch", "config_files", "command_line", "host_memory")
 ORDER = (
     *("sharding", "losses", "tokenizers", "data", "modules", "models", "policy", "interop"),
     *("adapters", "objectives", "training", "generation", "evaluation", "rl"),
