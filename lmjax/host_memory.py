@@ -16,7 +16,7 @@ def keep_freed_memory() -> None:
     A compiled step takes its temporary memory in one piece. By default glibc maps such a piece anew at every step and
     the kernel faults in each of its pages: 8 to 18 % of a training step on two cores (`docs/performance.md`). The
     settings are read at process start only, hence the restart; it happens before anything heavy is imported, keeps the
-    process id, and does nothing off Linux with glibc or where the variable is set already (`GLIBC_TUNABLES= ` opts out).
+    process id, and does nothing off Linux with glibc or where the variable is set (`GLIBC_TUNABLES= ` opts out).
     """
     if VARIABLE in os.environ or not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc":
         return
