@@ -20,7 +20,9 @@ import jax
 import jax.numpy as jnp
 
 from experiments.benchmark_train import machine
-from lmjax.losses.vocabulary import Head, token_loss, token_statistics
+from lmjax.losses.fused import token_loss
+from lmjax.losses.logits import Head
+from lmjax.losses.vocabulary import token_statistics
 
 
 def materialised(weight: jax.Array, hidden: jax.Array, targets: jax.Array) -> jax.Array:

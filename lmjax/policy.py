@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from lmjax.batch import Batch
 from lmjax.errors import UserError
-from lmjax.losses import vocabulary
-from lmjax.losses.vocabulary import Head, Statistics
+from lmjax.losses.logits import STATISTICS, Head, Statistics, logits_of, statistics_of_logits
+from lmjax.losses.slices import slice_length
+from lmjax.losses.vocabulary import map_vocabulary, token_statistics
 from lmjax.models.config import BigramConfig, DecoderConfig, ModelConfig
 from lmjax.models.decoder import Decoder, ModelOutputs, Variables
 from lmjax.models.table import Bigram
@@ -84,7 +85,7 @@ class Request:
     """What will be read of one set of outputs, so that one pass over the vocabulary serves it all.
 
     Attributes:
-      statistics: names out of `losses.vocabulary.STATISTICS`.
+      statistics: names out of `losses.logits.STATISTICS`.
       maps: (function of rows of logits, names of the other roles whose logits it takes), in the order they are read.
       logits: whether all logits are read as they are, so that statistics can be taken of those.
     """
@@ -99,7 +100,7 @@ class Outputs:
 
     `hidden` [B, T, D], `logits` [B, T, V] float32 (the only thing here that holds a whole vocabulary a token),
     `values` [B, T] of a value head, `aux` named scalars of the model, `cache`; and the statistics of
-    `losses.vocabulary.STATISTICS`, float32 [B, T]: `logprobs` of the batch's targets, `logsumexp`, `entropy`,
+    `losses.logits.STATISTICS`, float32 [B, T]: `logprobs` of the batch's targets, `logsumexp`, `entropy`,
     `sum_p2`, `mean_logits`, `correct`.
 
     Log-probabilities are of the tempered distribution where the batch has a temperature.
@@ -118,7 +119,7 @@ class Outputs:
         self.batch = batch
         self._rng = rng
         self._train = train
-        self._request = Request(frozenset(vocabulary.STATISTICS))
+        self._request = Request(frozenset(STATISTICS))
         self._peers: dict[str, Outputs] = {}
         self._maps_read = 0
 
@@ -153,7 +154,7 @@ class Outputs:
     @functools.cached_property
     def logits(self) -> jax.Array:
         temperature = self.batch.temperature
-        return vocabulary.logits_of(self.head, self.hidden, None if temperature is None else temperature[:, None])
+        return logits_of(self.head, self.hidden, None if temperature is None else temperature[:, None])
 
     @functools.cached_property
     def values(self) -> jax.Array:
@@ -169,10 +170,10 @@ class Outputs:
         wanted = sorted(request.statistics)
         if request.logits and not request.maps:
             rows = self.logits.reshape(batch.targets.size, -1)
-            statistics = vocabulary.statistics_of_logits(rows, jnp.ravel(batch.targets), wanted)
+            statistics = statistics_of_logits(rows, jnp.ravel(batch.targets), wanted)
             return {name: value.reshape(batch.targets.shape) for name, value in statistics.items()}, []
         if not request.maps:
-            statistics = vocabulary.token_statistics(
+            statistics = token_statistics(
                 self.head,
                 self.hidden,
                 batch.targets,
@@ -187,7 +188,7 @@ class Outputs:
         def positional(function: Callable[..., jax.Array], others: Sequence[str]) -> Callable[..., jax.Array]:
             return lambda own, *rest: function(own, *(rest[names.index(name)] for name in others))
 
-        return vocabulary.map_vocabulary(
+        return map_vocabulary(
             [positional(function, others) for function, others in request.maps],
             operands,
             batch.targets,
@@ -198,7 +199,7 @@ class Outputs:
     @property
     def slice_length(self) -> int:
         """How many tokens of each row a slice of the pass over the vocabulary holds."""
-        return vocabulary.slice_length(self.head, self.hidden, self.policy.chunk_elements)
+        return slice_length(self.head, self.hidden, self.policy.chunk_elements)
 
     def with_statistics(self, statistics: Statistics) -> Outputs:
         """These outputs with statistics that were computed elsewhere."""
@@ -206,7 +207,7 @@ class Outputs:
         return self
 
     def __getattr__(self, name: str) -> jax.Array:
-        if name not in vocabulary.STATISTICS:
+        if name not in STATISTICS:
             raise AttributeError(f"Outputs has no {name!r}")
         statistics, _ = self._vocabulary
         if name not in statistics:
@@ -224,7 +225,7 @@ class Outputs:
             self._maps_read += 1
             return self._vocabulary[1][self._maps_read - 1]
         operands = [(o.head, o.hidden, o.batch.temperature) for o in (self, *others)]
-        return vocabulary.map_vocabulary(
+        return map_vocabulary(
             [function], operands, self.batch.targets, elements=self.policy.chunk_elements
         )[1][0]
 

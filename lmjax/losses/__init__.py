@@ -4,7 +4,7 @@ from lmjax._lazy import attach
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
-    submodules=("divergences", "tokens", "vocabulary"),
+    submodules=("divergences", "fused", "logits", "slices", "tokens", "vocabulary"),
     names={
         "divergences": [
             "forward_kl",
@@ -13,7 +13,9 @@ __getattr__, __dir__, __all__ = attach(
             "reverse_kl",
             "top_k_kl",
         ],
+        "fused": ["token_loss"],
+        "logits": ["STATISTICS", "Head", "logits_of"],
         "tokens": ["smoothed_cross_entropy"],
-        "vocabulary": ["STATISTICS", "Head", "logits_of", "map_vocabulary", "token_loss", "token_statistics"],
+        "vocabulary": ["map_vocabulary", "token_statistics"],
     },
 )

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lmjax.errors import UserError
-from lmjax.losses.vocabulary import Head
+from lmjax.losses.logits import Head
 from lmjax.models import layout
 from lmjax.modules.attention import Cache, Context, attention_mask
 from lmjax.modules.block import Block, norm_like

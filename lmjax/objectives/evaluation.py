@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from lmjax.batch import Batch
 from lmjax.errors import UserError
-from lmjax.losses import vocabulary
+from lmjax.losses.fused import token_loss
+from lmjax.losses.logits import STATISTICS
 from lmjax.models.decoder import Variables
 from lmjax.objectives.algebra import Objective, Role, Term, coefficient_at
 from lmjax.objectives.tracing import Trace, View, call, request, token_program, trace
@@ -63,7 +64,7 @@ def evaluate(
     """The loss of an objective and its metrics.
 
     Terms that treat tokens independently get their gradients slice by slice while the logits are there
-    (`losses.vocabulary.token_loss`); if any term of a stream does not, that stream takes the general path.
+    (`losses.fused.token_loss`); if any term of a stream does not, that stream takes the general path.
 
     Args:
       objective: the sum of terms.
@@ -129,7 +130,7 @@ def term_weights(
             )
             raise UserError(f"term {label!r} {reason}, so the batch cannot be split under it; set microbatches=1.")
         batch = batches[stream]
-        empty = {name: jnp.zeros(batch.tokens.shape) for name in vocabulary.STATISTICS}
+        empty = {name: jnp.zeros(batch.tokens.shape) for name in STATISTICS}
         shapes = _shapes(policy, variables, batch, roles)
         views = {
             role: View(role, batch, empty, dataclasses.replace(seen.probe, shapes=shapes))
@@ -212,7 +213,7 @@ def _evaluate_stream(
     fused = bool(reading) and all(traces[i].tokenwise for i in reading) and not wanted.logits
     if fused and (length := own.slice_length) < batch.tokens.shape[1]:
         fused = all(traces[i].program == token_program(terms[i], batch, length) for i in reading)
-    blank = {name: jnp.zeros(batch.tokens.shape) for name in vocabulary.STATISTICS}
+    blank = {name: jnp.zeros(batch.tokens.shape) for name in STATISTICS}
 
     def reduced(index: int, views: dict[str, Any]) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
         """Values, coefficients, weight and metrics of one term."""
@@ -248,7 +249,7 @@ def _evaluate_stream(
                 total = total + jnp.where(shares[i] != 0, values, 0.0) * shares[i]
             return total
 
-        loss, statistics = vocabulary.token_loss(
+        loss, statistics = token_loss(
             own.head,
             own.hidden,
             batch.targets,

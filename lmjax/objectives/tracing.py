@@ -19,7 +19,7 @@ from jax.extend import core as jex
 
 from lmjax.batch import Batch
 from lmjax.errors import UserError
-from lmjax.losses.vocabulary import STATISTICS
+from lmjax.losses.logits import STATISTICS
 from lmjax.objectives.algebra import Term
 from lmjax.policy import Request
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lmjax.losses import STATISTICS, Head, logits_of, map_vocabulary, token_loss, token_statistics
-from lmjax.losses.vocabulary import slice_length, slices
+from lmjax.losses.slices import slice_length, slices
 from tests.laws.registry import assert_close
 
 B, T, D, V = 3, 7, 5, 11
