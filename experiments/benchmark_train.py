@@ -189,6 +189,7 @@ def worker(side: str, case: Case, threads: int, bf16: bool, pipe: Any) -> None:
     growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base
     pipe.send({"version": version, "losses": losses, "memory_growth_mib": growth / 1024})
     while pipe.recv():
+        step(data[0])  # not timed: the process was idle while the other side ran
         busy, cpu, start = _busy(), time.process_time(), time.perf_counter()
         for i in range(case.window):
             step(data[i % len(data)])

@@ -97,7 +97,7 @@ class StreamingBatches(Iterator[Batch]):
         flat[:used] = ids[:used]
         document = np.zeros(B * T + 1, np.int32)
         document[begin[begin < used]] = 1
-        document = np.cumsum(document) + 1
+        document = np.cumsum(document, dtype=np.int32) + 1
         document[used:] = 0
         rows = np.arange(B)[:, None] * T + np.arange(T + 1)
         segments = document[rows]
