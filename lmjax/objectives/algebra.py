@@ -83,6 +83,10 @@ class Objective:
         ((coefficient, term),) = self.terms
         return Objective(((coefficient, dataclasses.replace(term, name=name)),))
 
+    def __post_init__(self) -> None:
+        if not self.terms:
+            raise UserError("an objective needs at least one term; start from lm.objectives.cross_entropy(), say.")
+
     @property
     def roles(self) -> tuple[str, ...]:
         """Names of every role some term takes, besides the policy."""

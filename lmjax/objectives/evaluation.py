@@ -278,7 +278,9 @@ def _evaluate_stream(
         for name, (value, mask) in metrics.items():
             mask = jnp.asarray(mask, jnp.float32)
             pair = (jnp.sum(jnp.where(mask != 0, value, 0.0) * mask), jnp.sum(mask))
-            sums[f"{prefix}/{name}" if prefix else name] = jax.lax.stop_gradient(pair)
+            known = f"{prefix}/{name}" if prefix else name
+            # The first term of a stream has the plain name; another that reports the same says whose it is.
+            sums[known if known not in sums else f"{label}/{name}"] = jax.lax.stop_gradient(pair)
     return loss, sums
 
 

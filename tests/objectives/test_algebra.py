@@ -143,3 +143,25 @@ def test_terms_that_return_something_else():
     uneven = term(lambda outputs, batch: (outputs.logprobs, jnp.ones(())))
     with pytest.raises(UserError, match=r"its values have shape \(3, 5\) and their mask \(\)"):
         _loss(uneven())
+
+
+def test_two_terms_that_report_the_same_metric_keep_both():
+    batch = _batch()
+    rows = jnp.arange(batch.tokens.shape[0]) % 2
+
+    @term
+    def even(outputs, batch):
+        return outputs.logprobs, batch.mask, {"share": (jnp.ones_like(batch.mask), batch.mask)}
+
+    @term
+    def odd(outputs, batch):
+        weight = batch.mask * rows[:, None]
+        return outputs.logprobs, weight, {"share": (jnp.zeros_like(weight), weight)}
+
+    metrics = finalize(evaluate(even() + odd(), POLICY, VARIABLES, batch).sums)
+    assert (metrics["share"], metrics["odd/share"]) == (1.0, 0.0)
+
+
+def test_an_empty_objective_is_refused():
+    with pytest.raises(UserError, match="at least one term"):
+        lm.objectives.Objective(())
