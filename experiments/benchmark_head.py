@@ -9,17 +9,14 @@ median over rounds. Results are appended to `docs/benchmarks/head.jsonl`.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from experiments.benchmark_train import machine
+from experiments import benchmarking
 from lmjax.losses.fused import token_loss
 from lmjax.losses.logits import Head
 from lmjax.losses.vocabulary import token_statistics
@@ -53,14 +50,13 @@ def recomputed(elements: int) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmarking.parser(__doc__)
     parser.add_argument("--embed-dim", type=int, default=256)
     parser.add_argument("--vocab-size", type=int, default=50304)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--elements", type=int, default=2**24, help="logits that exist at once")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks/head.jsonl"))
     options = parser.parse_args()
 
     keys = jax.random.split(jax.random.key(0), 3)
@@ -99,13 +95,8 @@ def main() -> None:
         "memory_ratio": {name: round(size / memory["materialised"], 4) for name, size in memory.items()},
         "largest_weight_gradient_gap": gaps,
         "rounds": options.rounds,
-        "machine": machine(),
-        "date": time.strftime("%Y-%m-%d"),
     }
-    print(json.dumps(result))
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with options.output.open("a") as file:
-        file.write(json.dumps(result) + "\n")
+    benchmarking.report(result, "head", options.run_dir)
 
 
 if __name__ == "__main__":

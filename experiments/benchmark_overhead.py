@@ -9,18 +9,14 @@ of a step is that of a program with the same arguments and results that computes
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from pathlib import Path
 from typing import Any
 
-from experiments.benchmark_train import machine
+from experiments import benchmarking
 
 COMPILE = """
 import sys, time
@@ -119,15 +115,10 @@ def measure(rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmarking.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks/overhead.jsonl"))
     options = parser.parse_args()
-    result = measure(options.rounds) | {"machine": machine(), "date": time.strftime("%Y-%m-%d")}
-    print(json.dumps(result))
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with options.output.open("a") as file:
-        file.write(json.dumps(result) + "\n")
+    benchmarking.report(measure(options.rounds), "overhead", options.run_dir)
 
 
 if __name__ == "__main__":

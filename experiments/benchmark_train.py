@@ -11,22 +11,19 @@ Needs the `dev` extra (PyTorch). Results are appended to `docs/benchmarks/train.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import multiprocessing
 import os
-import platform
 import resource
 import statistics
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from experiments import benchmarking
 from lmjax.host_memory import KEEP, VARIABLE
 
 
@@ -205,17 +202,6 @@ def _busy() -> float:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
-    model = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
-    return {
-        "cpu": model[0].split(":")[1].strip() if model else platform.processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "torch")},
-    }
-
-
 def compare(name: str, rounds: int, threads: int, bf16: bool, quiet: float) -> dict[str, Any]:
     """One case: both sides in turns, `rounds` times."""
     case, context = CASES[name], multiprocessing.get_context("spawn")
@@ -260,21 +246,16 @@ def compare(name: str, rounds: int, threads: int, bf16: bool, quiet: float) -> d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmarking.parser(__doc__)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="processors to use")
     parser.add_argument("--torch-bf16", action="store_true", help="bfloat16 autocast on the PyTorch side")
     parser.add_argument("--quiet", type=float, default=0.05, help="leave out windows with more load from others")
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks/train.jsonl"))
-    arguments = parser.parse_args()
-    for name in arguments.cases:
-        result = compare(name, arguments.rounds, arguments.threads, arguments.torch_bf16, arguments.quiet)
-        result |= {"machine": machine(), "date": time.strftime("%Y-%m-%d")}
-        print(json.dumps(result), flush=True)
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.output.open("a") as file:
-            file.write(json.dumps(result) + "\n")
+    options = parser.parse_args()
+    for name in options.cases:
+        result = compare(name, options.rounds, options.threads, options.torch_bf16, options.quiet)
+        benchmarking.report(result, "train", options.run_dir)
 
 
 if __name__ == "__main__":
