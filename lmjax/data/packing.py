@@ -6,6 +6,7 @@ except a document's first, which has nothing before it; with document markers th
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from typing import Protocol
 
 import numpy as np
@@ -32,10 +33,7 @@ class Rows(Protocol):
         ...
 
 
-class _Shuffled:
-    def __len__(self) -> int:
-        raise NotImplementedError
-
+class _Shuffled(Sized):
     def draw(self, place: np.ndarray, seed: int) -> np.ndarray:
         from lmjax.data.order import permute
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -12,7 +13,7 @@ from lmjax.errors import UserError
 from lmjax.tokenizers.base import OWN_FILE, check_ids, digest, pieces, utf8, write_file
 
 
-class _Simple:
+class _Simple(abc.ABC):
     """A table of units with the special tokens behind it."""
 
     kind: str
@@ -36,11 +37,13 @@ class _Simple:
     def specials(self) -> dict[str, int]:
         return dict(self._specials)
 
+    @abc.abstractmethod
     def _ordinary(self, text: str) -> np.ndarray:
-        raise NotImplementedError
+        """Ids of text without special tokens."""
 
+    @abc.abstractmethod
     def _text(self, ids: np.ndarray) -> str:
-        raise NotImplementedError
+        """Text of ids that are not special tokens."""
 
     def _content(self) -> dict:
         return {"kind": self.kind, **self._marks}

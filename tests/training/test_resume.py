@@ -77,4 +77,4 @@ def test_from_a_mesh_of_eight_and_stacked_layers_onto_one_device_and_single_laye
     parts, again = train(tmp_path / "parts", 6, kind)
     np.testing.assert_allclose(parts, whole, atol=1e-5)
     for x, y in zip(jax.tree.leaves(state.variables), jax.tree.leaves(again.variables), strict=True):
-        np.testing.assert_allclose(x, y, atol=2e-3)
+        np.testing.assert_allclose(x, y, atol=1e-5)
