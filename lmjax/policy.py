@@ -71,13 +71,30 @@ class Policy:
         """
         return Outputs(self, variables, batch, rng, train)
 
+    def next_logits(self, variables: Variables, hidden_BD: jax.Array) -> jax.Array:
+        """Float32 logits [B, V] of a few hidden states, as decoding wants them: no temperature, no gradient in mind.
+
+        A "decode" collection may hold the head as [D, V] besides (`generation.decoding.prepare`).
+        """
+        head = self.model.head(variables)
+        if head.weight is None:
+            return logits_of(head, hidden_BD)
+        if "decode" in variables:
+            operands, dimensions = (hidden_BD, variables["decode"]["head"]), ((1,), (0,))
+        else:  # the words in front: on CPU the product is up to twice as fast that way round
+            operands, dimensions = (head.weight, hidden_BD), ((1,), (1,))
+        z = jax.lax.dot_general(
+            *(x.astype(head.dtype) for x in operands), (dimensions, ((), ())), preferred_element_type=jnp.float32
+        )
+        return logits_of(head._replace(weight=None), z if "decode" in variables else z.T)
+
     def logical_axes(self, variables: Variables) -> Variables:
         """Logical axis names of every leaf (arrays or shapes), in a tree of the same structure."""
         return self.model.logical_axes(variables)
 
-    def init_cache(self, batch_size: int, length: int) -> Variables:
-        """An empty "cache" collection for `length` tokens a row."""
-        return self.model.init_cache(batch_size, length)
+    def init_cache(self, batch_size: int, length: int, spec: Any = None, slack: int = 0) -> Variables:
+        """An empty "cache" collection for `length` tokens a row. See `Decoder.init_cache`."""
+        return self.model.init_cache(batch_size, length, spec, slack)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from lmjax.errors import UserError
 from lmjax.losses.logits import Head
 from lmjax.models import layout
-from lmjax.modules.attention import Cache, Context, attention_mask
+from lmjax.modules.attention import Context, Write, attention_mask
 from lmjax.modules.block import Block, norm_like
+from lmjax.modules.cache import CacheSpec, Dense, LayerCache, put
 from lmjax.modules.config import DecoderConfig
 from lmjax.modules.mlp import initial_std
 from lmjax.modules.positions import rope_table
@@ -30,11 +31,13 @@ class ModelOutputs(NamedTuple):
       hidden: [B, T, D], after the final norm.
       aux: named scalars a layer wants trained on (router losses); empty for dense models.
       cache: the updated cache, or None.
+      layers: [B, T, D] of the residual stream after so many layers (0: the embeddings), for each number asked for.
     """
 
     hidden: jax.Array
     aux: dict[str, jax.Array]
     cache: Any = None
+    layers: dict[int, jax.Array] = {}
 
 
 # Leaf path (without its collection and layer) -> logical axes. The table of a model beside its code.
@@ -86,7 +89,7 @@ class Decoder:
             params["final_norm"] = self._final_norm().init(key, jnp.zeros((1, config.embed_dim)))["params"]
 
         ones = jnp.ones((1, 1), jnp.int32)
-        context = self._contexts(ones, ones * 0, ones, ones * 0)[0]
+        context = self._contexts(ones, ones * 0, (ones, ones * 0))[0]
         hidden = jnp.zeros((1, config.embed_dim), jnp.dtype(config.dtype))
 
         def init_layer(layer_key: jax.Array) -> Any:
@@ -98,19 +101,31 @@ class Decoder:
         variables = {"params": params}
         return variables if config.scanned else layout.unstack_layers(variables)
 
-    def init_cache(self, batch_size: int, length: int) -> Variables:
-        """An empty key/value cache for `length` tokens a row, as the "cache" collection of the variables."""
-        config = self.config
-        shape = (batch_size, length, config.kv_heads, config.head_width)
-        empty = {"key": jnp.zeros(shape, jnp.dtype(config.dtype)), "value": jnp.zeros(shape, jnp.dtype(config.dtype))}
+    def init_cache(self, batch_size: int, length: int, spec: CacheSpec | None = None, slack: int = 0) -> Variables:
+        """An empty key/value cache, as the "cache" collection of the variables. Every leaf has the rows in front.
+
+        Args:
+          batch_size: B.
+          length: tokens a row will hold at the most.
+          spec: the kind of cache; dense if None. Layers with a sliding window keep rings of it.
+          slack: how many of the newest tokens may be taken back (by lowering `count`).
+        """
+        config, spec = self.config, Dense() if spec is None else spec
         cache: dict[str, Any] = {
-            "segments": jnp.full((batch_size, length), -1, jnp.int32),  # -1: nothing written, seen by nobody
+            "count": jnp.zeros((batch_size,), jnp.int32),
+            "segments": jnp.zeros((batch_size, length), jnp.int32),
             "positions": jnp.zeros((batch_size, length), jnp.int32),
-            "index": jnp.zeros((), jnp.int32),
         }
         for index in range(config.num_layers):
-            cache[layout.layer_name(index)] = jax.tree.map(jnp.copy, empty)
-        return layout.stack_layers(cache) if config.scanned else cache
+            # Stacked layers must be of one shape, so there none is a ring.
+            window = config.window if config.windowed(index) and not config.scanned else None
+            cache[layout.layer_name(index)] = spec.empty(
+                batch_size, config.kv_heads, length, config.head_width, config.dtype, window, slack
+            )
+        if config.scanned:
+            cache = layout.stack_layers(cache)
+            cache[layout.STACKED] = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), cache[layout.STACKED])
+        return cache
 
     def apply(
         self,
@@ -121,8 +136,11 @@ class Decoder:
         *,
         rng: jax.Array | None = None,
         train: bool = False,
+        collect: tuple[int, ...] = (),
     ) -> ModelOutputs:
         """Hidden states of every token, and the updated cache if the variables hold one.
+
+        `collect` numbers the layers whose residual streams are wanted too (unrolled layers only).
 
         Raises:
           UserError: dropout without an `rng`, or more tokens than learned positions.
@@ -147,22 +165,16 @@ class Decoder:
             x_ND = jnp.where(keep, x_ND / (1 - config.dropout), 0).astype(x_ND.dtype)
 
         if cache is None:
-            contexts = self._contexts(segments_BT, positions_BT, segments_BT, positions_BT)
+            contexts = self._contexts(segments_BT, positions_BT, (segments_BT, positions_BT))
         else:
-            start = (0, cache["index"])
-            key_segments = jax.lax.dynamic_update_slice(cache["segments"], segments_BT, start)
-            key_positions = jax.lax.dynamic_update_slice(cache["positions"], positions_BT, start)
-            contexts = self._contexts(segments_BT, positions_BT, key_segments, key_positions, cache["index"])
-        x_ND, layer_caches = self._layers(variables, cache, x_ND, contexts, rng if dropping else None)
+            contexts, cache = self._write(cache, segments_BT, positions_BT)
+        x_ND, layer_caches, streams = self._layers(variables, cache, x_ND, contexts, rng if dropping else None, collect)
         if cache is not None:
-            cache = layer_caches | {
-                "segments": key_segments,
-                "positions": key_positions,
-                "index": cache["index"] + T,
-            }
+            cache = cache | layer_caches
         if config.norm_position != "post":
             x_ND = self._final_norm().apply({"params": params["final_norm"]}, x_ND)
-        return ModelOutputs(x_ND.reshape(B, T, D), {}, cache)
+        layers = {number: stream.reshape(B, T, D) for number, stream in streams.items()}
+        return ModelOutputs(x_ND.reshape(B, T, D), {}, cache, layers)
 
     def head(self, variables: Variables) -> Head:
         """The map from hidden states to logits."""
@@ -204,25 +216,62 @@ class Decoder:
         self,
         query_segments: jax.Array,
         query_positions: jax.Array,
-        key_segments: jax.Array,
-        key_positions: jax.Array,
-        write_index: jax.Array | None = None,
+        *keys: tuple[jax.Array, jax.Array],
+        write: Write | None = None,
     ) -> tuple[Context, Context | None]:
-        """Mask and rotations of full layers, and of windowed layers where there are any."""
+        """Mask and rotations of full layers, and of windowed layers where there are any.
+
+        `keys` are the segments and positions of the keys: of both kinds of layers, or of each.
+        """
         config = self.config
 
-        def context(window: int | None, theta: float, scaling: Any) -> Context:
-            mask = attention_mask(query_segments, query_positions, key_segments, key_positions, window)
+        def context(keys: tuple[jax.Array, jax.Array], window: int | None, theta: float, scaling: Any) -> Context:
+            mask = attention_mask(query_segments, query_positions, *keys, window)
             rotary = config.position == "rope"
             rope = rope_table(query_positions, config.head_width, theta, scaling) if rotary else None
-            return Context(mask, rope, write_index)
+            return Context(mask, rope, write)
 
-        full = context(None, config.rope_theta, config.rope_scaling)
+        full = context(keys[0], None, config.rope_theta, config.rope_scaling)
         if config.window is None:
             return full, None
         if config.local_rope_theta is None:
-            return full, context(config.window, config.rope_theta, config.rope_scaling)
-        return full, context(config.window, config.local_rope_theta, None)
+            return full, context(keys[-1], config.window, config.rope_theta, config.rope_scaling)
+        return full, context(keys[-1], config.window, config.local_rope_theta, None)
+
+    def _write(
+        self, cache: Variables, segments_BT: jax.Array, positions_BT: jax.Array
+    ) -> tuple[tuple[Context, Context | None], Variables]:
+        """The contexts of tokens that join a cache, and the cache with their segments and positions."""
+        real = segments_BT > 0
+        before = cache["count"]
+        numbers = jnp.where(real, before[:, None] + jnp.cumsum(real, axis=1) - 1, -1)
+        count = before + jnp.sum(real, axis=1, dtype=jnp.int32)
+        segments = put(cache["segments"], segments_BT, numbers)
+        positions = put(cache["positions"], positions_BT, numbers)
+
+        def keys(layer: LayerCache) -> tuple[jax.Array, jax.Array]:
+            new = segments_BT.shape[1]
+            if layer.holds(new):
+                slots = layer.slots(count)
+            else:
+                slots = jnp.concatenate([layer.slots(before), numbers], axis=1)
+            pick = lambda of: jnp.take_along_axis(of, jnp.maximum(slots, 0), axis=1)
+            return jnp.where(slots >= 0, pick(segments), -1), pick(positions)
+
+        kinds: dict[bool, tuple[jax.Array, jax.Array]] = {}
+        for index in range(self.config.num_layers):
+            windowed = self.config.windowed(index) and not self.config.scanned
+            if windowed not in kinds:
+                kinds[windowed] = keys(self._layer_cache(cache, index))
+        each = kinds.get(False), kinds.get(True)
+        pair = [found or each[0] or each[1] for found in each]
+        contexts = self._contexts(segments_BT, positions_BT, *pair, write=Write(numbers, count))
+        return contexts, cache | {"count": count, "segments": segments, "positions": positions}
+
+    def _layer_cache(self, cache: Variables, index: int) -> LayerCache:
+        if self.config.scanned:
+            return jax.tree.map(lambda leaf: leaf[:, index], cache[layout.STACKED])
+        return cache[layout.layer_name(index)]
 
     def _layers(
         self,
@@ -231,13 +280,14 @@ class Decoder:
         x_ND: jax.Array,
         contexts: tuple[Context, Context | None],
         rng: jax.Array | None,
-    ) -> tuple[jax.Array, Variables]:
+        collect: tuple[int, ...],
+    ) -> tuple[jax.Array, Variables, dict[int, jax.Array]]:
         config = self.config
         full, local = contexts
 
         def layer(
-            x_ND: jax.Array, own: Variables, layer_cache: Cache | None, context: Context, index: jax.Array | int
-        ) -> tuple[jax.Array, Cache | None]:
+            x_ND: jax.Array, own: Variables, layer_cache: LayerCache | None, context: Context, index: jax.Array | int
+        ) -> tuple[jax.Array, LayerCache | None]:
             rngs = None if rng is None else {"dropout": jax.random.fold_in(rng, index)}
             x_ND, layer_cache = Block(config).apply(own, x_ND, context, layer_cache, rng is not None, rngs=rngs)
             return constrain(x_ND, ("batch", None)), layer_cache
@@ -245,18 +295,21 @@ class Decoder:
         layer = REMAT[config.remat](layer)
         collections = {name: tree for name, tree in variables.items() if name != "cache"}
         if not config.scanned:
-            caches = {}
+            caches, streams = {}, {0: x_ND}
             for index in range(config.num_layers):
                 name = layout.layer_name(index)
                 own = {c: tree[name] for c, tree in collections.items() if name in tree}
                 context = local if local is not None and config.windowed(index) else full
                 x_ND, caches[name] = layer(x_ND, own, cache and cache[name], context, index)
-            return x_ND, caches
+                streams[index + 1] = x_ND
+            return x_ND, caches, {number: streams[number] for number in collect}
 
+        if collect:
+            raise UserError("the streams of single layers need layers='unrolled'; change the config.")
         own = {c: tree[layout.STACKED] for c, tree in collections.items() if layout.STACKED in tree}
         windowed = jnp.asarray([config.windowed(index) for index in range(config.num_layers)])
 
-        def body(x_ND: jax.Array, xs: tuple[Any, ...]) -> tuple[jax.Array, Cache | None]:
+        def body(x_ND: jax.Array, xs: tuple[Any, ...]) -> tuple[jax.Array, LayerCache | None]:
             own, layer_cache, use_window, index = xs
             context = full
             if local is not None:
@@ -266,6 +319,7 @@ class Decoder:
                 )
             return layer(x_ND, own, layer_cache, context, index)
 
-        xs = (own, cache and cache[layout.STACKED], windowed, jnp.arange(config.num_layers))
-        x_ND, caches = jax.lax.scan(body, x_ND, xs)
-        return x_ND, {layout.STACKED: caches}
+        swap = functools.partial(jax.tree.map, lambda leaf: jnp.moveaxis(leaf, 0, 1))
+        layer_caches = cache and swap(cache[layout.STACKED])
+        x_ND, caches = jax.lax.scan(body, x_ND, (own, layer_caches, windowed, jnp.arange(config.num_layers)))
+        return x_ND, {layout.STACKED: swap(caches)} if cache else {}, {}

@@ -21,9 +21,9 @@ class Bigram:
         V = self.config.vocab_size
         return {"params": {"table": self.config.init_std * jax.random.normal(key, (V, V), jnp.float32)}}
 
-    def init_cache(self, batch_size: int, length: int) -> Variables:
-        """The last token is all that matters, so there is nothing to keep but the position."""
-        return {"index": jnp.zeros((), jnp.int32)}
+    def init_cache(self, batch_size: int, length: int, spec: Any = None, slack: int = 0) -> Variables:
+        """The last token is all that matters, so there is nothing to keep but how many there were."""
+        return {"count": jnp.zeros((batch_size,), jnp.int32)}
 
     def apply(
         self,
@@ -37,7 +37,9 @@ class Bigram:
     ) -> ModelOutputs:
         hidden = jnp.take(variables["params"]["table"], tokens_BT, axis=0)
         cache = variables.get("cache")
-        return ModelOutputs(hidden, {}, cache and {"index": cache["index"] + tokens_BT.shape[1]})
+        if cache is not None:
+            cache = {"count": cache["count"] + jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32)}
+        return ModelOutputs(hidden, {}, cache)
 
     def head(self, variables: Variables) -> Head:
         return Head(None)

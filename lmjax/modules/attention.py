@@ -11,13 +11,24 @@ import jax
 import jax.numpy as jnp
 
 from lmjax.errors import UserError
+from lmjax.modules.cache import LayerCache
 from lmjax.modules.config import DecoderConfig
 from lmjax.modules.dense import Dense
 from lmjax.modules.mlp import initial_std, output_std
 from lmjax.modules.norms import Norm
 from lmjax.modules.positions import apply_rope
 
-Cache = dict[str, jax.Array]  # {"key": [B, S, KV, K], "value": [B, S, KV, K]}
+
+class Write(NamedTuple):
+    """The new tokens of a call, for a cache. See `LayerCache.extend`.
+
+    Attributes:
+      numbers: int32 [B, T], which token of its row each is; -1 for padding.
+      count: int32 [B], tokens of each row after the call.
+    """
+
+    numbers: jax.Array
+    count: jax.Array
 
 
 class Context(NamedTuple):
@@ -26,12 +37,12 @@ class Context(NamedTuple):
     Attributes:
       mask: bool [B, 1, T, S], True where a query may see a key.
       rope: cos and sin, or None without rotary positions.
-      write_index: int32 [], the slot of the cache that the first of the T tokens goes to; None without a cache.
+      write: the new tokens, for the cache; None without a cache.
     """
 
     mask: jax.Array
     rope: tuple[jax.Array, jax.Array] | None
-    write_index: jax.Array | None = None
+    write: Write | None = None
 
 
 def attention_mask(
@@ -87,7 +98,7 @@ def attend(
     softcap: float | None = None,
     index_causal: bool = False,
 ) -> jax.Array:
-    """Softmax attention in plain XLA. [B, T, H, K] queries, [B, S, G, K] keys and values -> [B, T, H, K].
+    """Softmax attention in plain XLA. [B, T, H, K] queries, [B, G, S, K] keys and values -> [B, T, H, K].
 
     `jax.nn.dot_product_attention` does the same in about twice the time on CPU, forward and backward: it leaves heads
     inside, which costs a transposition around each of its products, and computes all of the masked triangle.
@@ -100,9 +111,8 @@ def attend(
       index_causal: T == S and no query sees a key that stands behind it, so work above the diagonal may be left out.
     """
     B, T, H, K = query.shape
-    G = key.shape[2]
+    G = key.shape[1]
     query = (query * scale).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
-    key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
     bias = jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min)
 
     def rows(start: int, stop: int) -> jax.Array:
@@ -112,7 +122,7 @@ def attend(
         scores = _batched(part, key[:, :, :seen], 3, 3)
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
-        scores = scores + jnp.tile(bias[:, :, start:stop, :seen], (1, 1, H // G, 1))
+        scores = scores + jnp.tile(bias[:, :, start:stop, :seen], (1, 1, H // G if T > 1 else 1, 1))
         weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
         return _batched(weights, value[:, :, :seen], 3, 2).reshape(B, G, H // G, stop - start, K)
 
@@ -139,7 +149,9 @@ class Attention(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x_ND: jax.Array, context: Context, cache: Cache | None = None) -> tuple[jax.Array, Cache | None]:
+    def __call__(
+        self, x_ND: jax.Array, context: Context, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, LayerCache | None]:
         config = self.config
         H, KV, K = config.num_heads, config.kv_heads, config.head_width
         B, T = context.mask.shape[0], context.mask.shape[2]
@@ -154,17 +166,21 @@ class Attention(nn.Module):
             query, key = norm(name="query_norm")(query), norm(name="key_norm")(key)
         if context.rope is not None:
             query, key = apply_rope(query, context.rope), apply_rope(key, context.rope)
+        key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+        written = None
         if cache is not None:
-            start = (0, context.write_index, 0, 0)
-            key = jax.lax.dynamic_update_slice(cache["key"], key.astype(cache["key"].dtype), start)
-            value = jax.lax.dynamic_update_slice(cache["value"], value.astype(cache["value"].dtype), start)
-            cache = {"key": key, "value": value}
-            key, value = key.astype(query.dtype), value.astype(query.dtype)
+            assert context.write is not None
+            written = cache.extend(key, value, *context.write)
+            if cache.holds(T):
+                key, value = written.read(query.dtype)
+            else:
+                old_key, old_value = cache.read(query.dtype)
+                key, value = jnp.concatenate([old_key, key], axis=2), jnp.concatenate([old_value, value], axis=2)
         attended = self._attend(query, key, value, context.mask, cached=cache is not None)
         output = Dense(
             config.embed_dim, config.output_bias, output_std(config), config.dtype, name="output"
         )(attended.reshape(B * T, H * K))
-        return output, cache
+        return output, written
 
     def _attend(
         self, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, cached: bool
@@ -172,9 +188,9 @@ class Attention(nn.Module):
         config = self.config
         scale = config.head_width**-0.5 if config.query_scale is None else config.query_scale
         kernel, _ = implementation(config, jax.default_backend())
-        if kernel == "cudnn":
+        if kernel == "cudnn" and not cached:
             core: Any = functools.partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
-            return core(query, key, value, mask=mask)
+            return core(query, key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3), mask=mask)
         core = functools.partial(attend, scale=scale, softcap=config.attention_softcap, index_causal=not cached)
         if config.remat == "attention":
             core = jax.checkpoint(core)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 
-from lmjax.modules.attention import Attention, Cache, Context
+from lmjax.modules.attention import Attention, Context
+from lmjax.modules.cache import LayerCache
 from lmjax.modules.config import DecoderConfig
 from lmjax.modules.mlp import MLP
 from lmjax.modules.norms import Norm
@@ -25,8 +26,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_ND: jax.Array, context: Context, cache: Cache | None = None, train: bool = False
-    ) -> tuple[jax.Array, Cache | None]:
+        self, x_ND: jax.Array, context: Context, cache: LayerCache | None = None, train: bool = False
+    ) -> tuple[jax.Array, LayerCache | None]:
         dropout = nn.Dropout(self.config.dropout, deterministic=not train)
         attention = Attention(self.config, name="attention")
 
