@@ -9,6 +9,9 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     submodules=(
         "cache",
+        "chat_encoding",
+        "chat_jinja",
+        "chat_turns",
         "config",
         "dataset",
         "grain",
@@ -18,6 +21,7 @@ __getattr__, __dir__, __all__ = attach(
         "sources",
         "splits",
         "streaming",
+        "templates",
         "validation",
     ),
     names={
@@ -29,6 +33,8 @@ __getattr__, __dir__, __all__ = attach(
         "packing": ["BlockRows", "CropRows", "PackedRows"],
         "sources": ["Source", "open_source"],
         "streaming": ["StreamingBatches"],
+        "templates": ["ChatTemplate", "template", "for_tokenizer"],
+        "chat_jinja": ["from_tokenizer_config", "from_jinja"],
         "validation": ["Validation"],
     },
 )

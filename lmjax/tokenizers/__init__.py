@@ -9,13 +9,14 @@ from lmjax._lazy import attach
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
-    submodules=("base", "config", "files", "simple", "subword", "foreign"),
+    submodules=("base", "config", "files", "foreign", "incremental", "simple", "streaming", "subword"),
     names={
         "base": ["Tokenizer"],
         "config": ["TokenizerConfig"],
         "files": ["build", "load"],
         "simple": ["ByteTokenizer", "CharTokenizer"],
         "subword": ["SubwordTokenizer", "train", "from_gpt2_files"],
+        "streaming": ["TextStream", "find_stop"],
         "foreign": ["TiktokenTokenizer", "SentencePieceTokenizer"],
     },
 )
