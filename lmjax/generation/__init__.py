@@ -4,6 +4,31 @@ from lmjax._lazy import attach
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
-    submodules=("sampler",),
-    names={"sampler": ["Generation", "generate"]},
+    submodules=(
+        "batching",
+        "beam",
+        "constraints",
+        "contrastive",
+        "decoding",
+        "dola",
+        "drafters",
+        "engine",
+        "grammars",
+        "processors",
+        "sampler",
+        "sampling",
+        "speculative",
+    ),
+    names={
+        "engine": ["FINISH", "Generation"],
+        "sampler": ["generate", "stream"],
+        "decoding": ["prepare"],
+        "grammars": ["json_schema", "json_object", "regex", "lark"],
+        "constraints": ["from_callable"],
+        "processors": (
+            "custom guide sequence_bias logit_bias repetition_penalty frequency_penalty presence_penalty "
+            "no_repeat_ngram bad_words min_length min_new_tokens forced clean exponential_length_penalty suppress "
+            "suppress_at_start top_k top_p min_p typical epsilon eta"
+        ).split(),
+    },
 )

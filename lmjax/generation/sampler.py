@@ -1,215 +1,251 @@
-"""The sampler: one prefill and one loop on the device, over the modules that train.
+"""The sampler: continuations of prompts, by one prefill and one loop on the device (`engine`).
 
-Prompts are padded on the left, so that every row writes the same slot of the cache. Padding is segment 0,
-which no token sees, and positions start at 0 with the first real token: a row is the same whatever stands
-beside it.
+It runs the modules and arrays that train, so its log-probabilities are the trainer's.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Generator, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from lmjax.batch import Batch
 from lmjax.errors import UserError
-from lmjax.models.config import DecoderConfig
+from lmjax.generation import constraints as grammar
+from lmjax.generation.decoding import Model, pad_prompts, prepare
+from lmjax.generation.engine import FINISH, Generation, Rules, State, advance, collect, start, stop
+from lmjax.generation.processors import Processor, check, per_row
 from lmjax.models.decoder import Variables
-from lmjax.models.layout import unstack_layers
-from lmjax.policy import Outputs, Policy
+from lmjax.modules.cache import CacheSpec, Dense
+from lmjax.policy import Policy
 
-SHORTEST_BUCKET = 16  # prompts are padded to a power of two, this one at the least
-
-
-class Generation(NamedTuple):
-    """What was sampled after each prompt.
-
-    Attributes:
-      tokens: int32 [B, N], the new tokens; 0 behind a row's end.
-      logprobs: float32 [B, N], log-probability of each under the policy at the temperature it was sampled at
-        (at 1 where that was 0), over the whole vocabulary whatever `top_k`: what the trainer computes for the
-        same tokens. 0 behind a row's end.
-      lengths: int32 [B], how many of a row's tokens count, the end-of-sequence token included.
-    """
-
-    tokens: Any
-    logprobs: Any
-    lengths: Any
-
-
-class _State(NamedTuple):
-    """What the loop carries."""
-
-    step: jax.Array  # [], tokens already chosen
-    last: jax.Array  # int32 [B], the newest of each row, not read yet
-    tokens: jax.Array  # int32 [B, N]
-    logprobs: jax.Array  # float32 [B, N]
-    lengths: jax.Array  # int32 [B]
-    done: jax.Array  # bool [B]
-    cache: Variables
+__all__ = ["FINISH", "Generation", "begin", "generate", "stream"]
 
 
 def generate(
     policy: Policy,
-    variables: Variables,
+    variables: Variables | Model,
     prompts: Sequence[Any],
     key: jax.Array,
     *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    eos: int | None = None,
+    max_new_tokens: int | Sequence[int],
+    temperature: Any = 1.0,
+    processors: Iterable[Processor] = (),
+    eos: int | Sequence[int] | None = None,
+    samples: int = 1,
+    constraints: Sequence[Any] | None = None,
+    **options: Any,
 ) -> Generation:
     """Samples a continuation of each prompt.
 
-    Compiles once for a batch size, a power of two above the longest prompt, and `max_new_tokens`. Each row
-    draws from a key of its own, so its tokens do not depend on its neighbours.
+    Compiles once for a number of rows, a power of two above the longest prompt, the largest `max_new_tokens`, and the
+    kinds of processors; no value of a parameter compiles anything. Each row draws from a key of its own.
 
     Args:
-      policy, variables: the model.
-      prompts: B arrays of ids, each of at least one.
+      policy, variables: the model; `variables` may be what `decoding.prepare` made of it.
+      prompts: arrays of ids, each of at least one.
       key: seeds the sampling.
-      max_new_tokens: N, at least 1. The loop ends sooner when every row has ended.
-      temperature: divides the logits; 0 takes the likeliest token.
-      top_k: sample among the k likeliest tokens only; 0: among all.
-      eos: the id that ends a row; None: rows never end early.
+      max_new_tokens: N, at least 1; or one number a prompt. The loop ends sooner when every row has ended.
+      temperature: divides the logits; 0 takes the likeliest token. A number, or one a prompt.
+      processors: what else is done to the logits (`generation.processors`), in any order.
+      eos: the id or ids that end a row; None: rows never end early.
+      samples: continuations of each prompt, from one prefill: row `i * samples + j` is sample j of prompt i.
+      constraints: what each row may say (`generation.constraints`), one a row; the host then answers at every token.
+      options: those of `begin`.
 
     Raises:
-      UserError: no or empty prompts, ids outside the vocabulary, or more tokens than learned positions.
+      UserError: see `begin`.
 
     >>> import lmjax as lm
     >>> policy = lm.Policy(lm.models.bigram(vocab_size=4))
     >>> variables = {"params": {"table": 50 * jnp.roll(jnp.eye(4), 1, axis=1)}}  # after n comes n + 1
     >>> found = generate(policy, variables, [[0], [1, 2]], jax.random.key(0), max_new_tokens=3, eos=3)
-    >>> found.tokens.tolist(), found.lengths.tolist()
-    ([[1, 2, 3], [3, 0, 0]], [3, 1])
+    >>> found.tokens.tolist(), found.lengths.tolist(), [FINISH[i] for i in found.finish]
+    ([[1, 2, 3], [3, 0, 0]], [3, 1], ['eos', 'eos'])
     """
-    rows = [np.asarray(prompt, np.int32).reshape(-1) for prompt in prompts]
-    _check(policy, rows, max_new_tokens, temperature, top_k)
-    bucket = max(SHORTEST_BUCKET, 1 << (max(map(len, rows)) - 1).bit_length())
-    tokens_BP = np.zeros((len(rows), bucket), np.int32)
-    segments_BP, positions_BP = np.zeros_like(tokens_BP), np.zeros_like(tokens_BP)
-    for b, row in enumerate(rows):
-        tokens_BP[b, bucket - len(row) :] = row
-        segments_BP[b, bucket - len(row) :] = 1
-        positions_BP[b, bucket - len(row) :] = np.arange(len(row))
-    return _generate(
-        _unrolled(policy),
-        max_new_tokens,
-        temperature == 0,
-        top_k,
+    model, rules, state, rows = begin(
+        policy,
         variables,
-        (tokens_BP, segments_BP, positions_BP),
+        prompts,
         key,
-        np.float32(temperature or 1.0),
-        np.int32(-1 if eos is None else eos),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        processors=processors,
+        eos=eos,
+        samples=samples,
+        **options,
     )
+    mesh = options.get("mesh")
+    if constraints is None:
+        return collect(advance(model, rules, state, mesh=mesh), rows)
+    if len(constraints) != rows:
+        raise UserError(f"there are {len(constraints)} constraints for {rows} rows; give each row one of its own.")
+    return collect(_constrained(model, rules, state, constraints, mesh), rows)
 
 
-def _check(policy: Policy, rows: list[np.ndarray], max_new_tokens: int, temperature: float, top_k: int) -> None:
-    config = policy.config
-    if not rows or min(map(len, rows)) == 0:
-        what = "prompt 0" if not rows else f"prompt {[len(row) for row in rows].index(0)}"
-        raise UserError(f"{what} has no tokens; give each prompt at least one, such as the tokenizer's bos or eos.")
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens}; ask for at least 1.")
-    if not temperature >= 0:
-        raise UserError(f"temperature is {temperature}; give 0 for the likeliest token, or a positive number.")
-    if not 0 <= top_k <= config.vocab_size:
-        raise UserError(
-            f"top_k is {top_k}; give 0 for all tokens, or a number up to the {config.vocab_size} there are."
-        )
-    for b, row in enumerate(rows):
-        if row.min() < 0 or row.max() >= config.vocab_size:
-            stranger = row[(row < 0) | (row >= config.vocab_size)][0]
-            raise UserError(
-                f"prompt {b} holds the id {stranger}, outside the model's vocabulary of {config.vocab_size}; "
-                "encode it with the model's own tokenizer."
-            )
-    longest = max(map(len, rows)) + max_new_tokens
-    if isinstance(config, DecoderConfig) and config.position == "learned" and longest > config.max_length:
-        raise UserError(
-            f"a prompt of {longest - max_new_tokens} tokens and {max_new_tokens} new ones do not fit "
-            f"{config.max_length} learned positions; shorten one of them."
-        )
-
-
-@functools.lru_cache(maxsize=16)
-def _unrolled(policy: Policy) -> Policy:
-    """The same policy with its layers side by side: a scan would slice its parameters for every token."""
-    config = policy.config
-    if not isinstance(config, DecoderConfig) or not config.scanned:
-        return policy
-    return dataclasses.replace(policy, model=dataclasses.replace(config, layers="unrolled"))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _generate(
+def stream(
     policy: Policy,
-    N: int,
-    greedy: bool,
-    top_k: int,
-    variables: Variables,
-    prompt: tuple[jax.Array, jax.Array, jax.Array],
+    variables: Variables | Model,
+    prompts: Sequence[Any],
     key: jax.Array,
-    temperature: jax.Array,
-    eos: jax.Array,
-) -> Generation:
-    variables = unstack_layers(variables)
-    tokens_BP, segments_BP, positions_BP = prompt
-    B, P = tokens_BP.shape
-    keys_B = jax.random.split(key, B)
-    temperature_B = jnp.broadcast_to(temperature, (B,))
+    *,
+    every: int = 8,
+    **options: Any,
+) -> Generator[Generation, Any, None]:
+    """Samples as `generate` does, and shows what there is after every so many tokens.
 
-    def forward(cache: Variables, tokens: jax.Array, segments: jax.Array, positions: jax.Array) -> Outputs:
-        weightless = jnp.zeros(tokens.shape)
-        batch = Batch(tokens, tokens, weightless, segments, positions, temperature_B)
-        return policy(variables | {"cache": cache}, batch)
+    Send a bool [B] to end rows (`FINISH` "stop"), as when the text of one holds a stop string; close it to end all.
 
-    def body(state: _State) -> _State:
-        """Reads the newest token of each row and chooses the next."""
-        position_B = positions_BP[:, -1] + state.step
-        outputs = forward(state.cache, state.last[:, None], jnp.ones((B, 1), jnp.int32), position_B[:, None])
-        z_BV = outputs.logits[:, 0]
-        chosen_B = jnp.argmax(z_BV, axis=-1) if greedy else _sample(z_BV, keys_B, state.step, top_k)
-        logprob_B = jnp.take_along_axis(z_BV, chosen_B[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(z_BV, axis=-1)
-        chosen_B = jnp.where(state.done, 0, chosen_B).astype(jnp.int32)
-        at = (0, state.step)
-        return _State(
-            step=state.step + 1,
-            last=chosen_B,
-            tokens=jax.lax.dynamic_update_slice(state.tokens, chosen_B[:, None], at),
-            logprobs=jax.lax.dynamic_update_slice(state.logprobs, jnp.where(state.done, 0.0, logprob_B)[:, None], at),
-            lengths=state.lengths + ~state.done,
-            done=state.done | (chosen_B == eos),
-            cache=outputs.cache,
+    Args:
+      policy, variables, prompts, key: as in `generate`.
+      every: tokens from one look to the next; each look costs a round trip to the host.
+      options: those of `generate`, but for `constraints`.
+
+    >>> import lmjax as lm
+    >>> policy = lm.Policy(lm.models.bigram(vocab_size=4))
+    >>> variables = {"params": {"table": 50 * jnp.roll(jnp.eye(4), 1, axis=1)}}
+    >>> looks = stream(policy, variables, [[0]], jax.random.key(0), every=2, max_new_tokens=3)
+    >>> [look.tokens[0, : look.lengths[0]].tolist() for look in looks]
+    [[1, 2], [1, 2, 3]]
+    """
+    if every < 1:
+        raise UserError(f"every is {every}; look after at least 1 token.")
+    model, rules, state, rows = begin(policy, variables, prompts, key, **options)
+    while True:
+        state = advance(model, rules, state, every, mesh=options.get("mesh"))
+        found = jax.device_get(collect(state, rows))
+        done = np.asarray(state.done)[:rows]
+        stopped = yield found
+        if stopped is not None:
+            rest = np.zeros(state.done.shape[0] - rows, bool)
+            state = stop(state, np.concatenate([np.asarray(stopped, bool), rest]))
+            done = done | stopped
+        if np.all(done):
+            return
+
+
+def begin(
+    policy: Policy,
+    variables: Variables | Model,
+    prompts: Sequence[Any],
+    key: jax.Array,
+    *,
+    max_new_tokens: int | Sequence[int],
+    temperature: Any = 1.0,
+    processors: Iterable[Processor] = (),
+    eos: int | Sequence[int] | None = None,
+    samples: int = 1,
+    guidance: Any = None,
+    negative_prompts: Sequence[Any] | None = None,
+    cache: CacheSpec | None = None,
+    chunk: int | None = None,
+    prefix: Any = None,
+    mesh: Mesh | None = None,
+) -> tuple[Model, Rules, State, int]:
+    """Checks everything, then reads the prompts.
+
+    Args:
+      policy, variables, prompts, key, max_new_tokens, temperature, processors, eos, samples: as in `generate`.
+      guidance: scale of classifier-free guidance (`processors.guide`), a number or one a prompt; doubles the work.
+      negative_prompts: what guidance leans away from; None: the last token of each prompt alone.
+      cache: the kind of key/value cache; `Dense()` if None.
+      chunk: read prompts so many tokens at a time, a power of two; bounds the memory of long ones.
+      prefix: keys and values to stand before every prompt, as from prefix tuning: {"layer_0": (key [G, P, K],
+        value [G, P, K]), ...}.
+      mesh: spread the rows over its data axes and the heads over its tensor axis.
+
+    Returns:
+      The model laid out for decoding, the rules, the state, and how many of its rows count (a mesh may need more).
+
+    Raises:
+      UserError: no or empty prompts, ids outside the vocabulary, more tokens than learned positions, processors that
+        contradict each other, or numbers out of range.
+    """
+    count = len(prompts)
+    limits = np.asarray(max_new_tokens, np.int32).reshape(-1)
+    if limits.size and limits.min() < 1:
+        raise UserError(f"max_new_tokens is {limits.min()}; ask for at least 1.")
+    N = int(limits.max(initial=1))
+    before = 0 if prefix is None else jax.tree.leaves(prefix)[0].shape[1]
+    rows = list(prompts)
+    if guidance is not None:
+        negative = [np.asarray(row).reshape(-1)[-1:] for row in rows] if negative_prompts is None else negative_prompts
+        if len(negative) != count:
+            raise UserError(f"there are {len(negative)} negative prompts for {count} prompts; give each prompt one.")
+        rows += list(negative)
+    elif negative_prompts is not None:
+        raise UserError("negative_prompts are given without guidance; give a guidance scale, such as 1.5.")
+    pad_prompts(policy, rows, before + N)  # checks all before any work
+    if samples < 1:
+        raise UserError(f"samples is {samples}; ask for at least 1.")
+    if chunk is not None and (chunk < 1 or chunk & (chunk - 1)):
+        raise UserError(f"chunk is {chunk}; take a power of two.")
+
+    # Rows that only fill the mesh repeat the last one.
+    data = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    filled = list(range(count)) + [count - 1] * (-count % data)
+    B = len(filled) * samples
+    rows = [rows[offset + i] for offset in range(0, len(rows), count) for i in filled]
+    spread = functools.partial(_per_prompt, rows=np.array(filled), samples=samples)
+    temperature_B = spread("temperature", temperature, np.float32)
+    if not np.all(temperature_B >= 0) or not np.all(np.isfinite(temperature_B)):
+        raise UserError(f"temperature is {temperature}; give 0 for the likeliest token, or a positive number.")
+    ids = np.asarray([] if eos is None else eos, np.int32).reshape(-1)
+    if ids.size and (ids.min() < 0 or ids.max() >= policy.config.vocab_size):
+        raise UserError(
+            f"eos {eos} is outside the model's vocabulary of {policy.config.vocab_size}; name ids of its own tokenizer."
         )
-
-    # The prompts but for their last token, which is the first that the loop reads.
-    cache = policy.init_cache(B, P + N)
-    cache = forward(cache, tokens_BP[:, :-1], segments_BP[:, :-1], positions_BP[:, :-1]).cache
-    start = _State(
-        step=jnp.zeros((), jnp.int32),
-        last=tokens_BP[:, -1],
-        tokens=jnp.zeros((B, N), jnp.int32),
-        logprobs=jnp.zeros((B, N)),
-        lengths=jnp.zeros((B,), jnp.int32),
-        done=jnp.zeros((B,), bool),
-        cache=cache,
+    limit_B = spread("max_new_tokens", limits if limits.size > 1 else limits[0], np.int32)
+    chain = per_row(check(processors, policy.config.vocab_size, N), count)
+    chain = jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf)[filled], samples, axis=0), chain)
+    rules = Rules(
+        processors=chain,
+        temperature=temperature_B,
+        limit=limit_B,
+        eos=np.broadcast_to(ids if ids.size else np.array([-1], np.int32), (B, max(ids.size, 1))),
+        guidance=None if guidance is None else spread("guidance", guidance, np.float32),
+        greedy=bool(np.any(temperature_B == 0)),
+        drawn=bool(np.any(temperature_B > 0)),
     )
-    end = jax.lax.while_loop(lambda state: (state.step < N) & ~jnp.all(state.done), body, start)
-    return Generation(end.tokens, end.logprobs, end.lengths)
+    model = prepare(policy, variables, rows=0 if mesh is not None else B * (1 if guidance is None else 2))
+    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
+    state = start(
+        model, pad_prompts(policy, rows, before + N), keys_B, prefix, N=N, spec=cache or Dense(), chunk=chunk,
+        samples=samples, guided=guidance is not None, mesh=mesh,
+    )  # fmt: skip
+    return model, rules, state, count * samples
 
 
-def _sample(z_BV: jax.Array, keys_B: jax.Array, step: jax.Array, top_k: int) -> jax.Array:
-    """A token of each row, int32 [B]. Its noise depends on the row's key and the step alone."""
-    draw = jax.vmap(lambda key, logits: jax.random.categorical(jax.random.fold_in(key, step), logits))
-    if not top_k:
-        return draw(keys_B, z_BV)
-    best_BK, index_BK = jax.lax.top_k(z_BV, top_k)
-    return jnp.take_along_axis(index_BK, draw(keys_B, best_BK)[:, None], axis=-1)[:, 0]
+def _per_prompt(name: str, value: Any, kind: Any, rows: np.ndarray, samples: int) -> np.ndarray:
+    """One value a row, from one for all or one a prompt."""
+    value = np.asarray(value, kind)
+    prompts = int(rows.max()) + 1
+    if value.ndim > 1 or (value.ndim == 1 and len(value) != prompts):
+        raise UserError(f"{name} has shape {list(value.shape)} for {prompts} prompts; give one value, or one a prompt.")
+    return np.repeat(np.broadcast_to(value, (prompts,))[rows], samples)
+
+
+def _constrained(model: Model, rules: Rules, state: State, constraints: Sequence[Any], mesh: Mesh | None) -> State:
+    """One step at a time: masks from the host, tokens back to it."""
+    B, rows = state.done.shape[0], len(constraints)
+    bits_BW = np.full((B, grammar.packed_width(model.vocab_size)), 0xFFFFFFFF, np.uint32)
+    done_B = np.zeros(B, bool)
+    while not np.all(done_B):
+        over = np.array([row.done for row in constraints] + [False] * (B - rows))
+        if np.any(over & ~done_B):
+            state = stop(state, over)
+            done_B = done_B | over
+            continue
+        grammar.fill_masks([None if done else row for row, done in zip(constraints, done_B)], bits_BW[:rows])
+        before_B = np.asarray(state.history.length)
+        state = advance(model, rules, state, bits=jnp.asarray(bits_BW), mesh=mesh)
+        length_B, done_B = np.asarray(state.history.length), np.array(state.done)
+        tokens_B = np.asarray(jnp.take_along_axis(state.history.tokens, state.history.length[:, None] - 1, axis=1))
+        for b, row in enumerate(constraints):
+            if length_B[b] > before_B[b]:
+                row.advance(int(tokens_B[b, 0]))
+    return state

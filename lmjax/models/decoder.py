@@ -31,13 +31,13 @@ class ModelOutputs(NamedTuple):
       hidden: [B, T, D], after the final norm.
       aux: named scalars a layer wants trained on (router losses); empty for dense models.
       cache: the updated cache, or None.
-      layers: [B, T, D] of the residual stream after so many layers (0: the embeddings), for each number asked for.
+      layers: {n: [B, T, D]}, the residual stream after n layers (0: the embeddings) for each n asked for; or None.
     """
 
     hidden: jax.Array
     aux: dict[str, jax.Array]
     cache: Any = None
-    layers: dict[int, jax.Array] = {}
+    layers: Any = None
 
 
 # Leaf path (without its collection and layer) -> logical axes. The table of a model beside its code.
@@ -173,7 +173,7 @@ class Decoder:
             cache = cache | layer_caches
         if config.norm_position != "post":
             x_ND = self._final_norm().apply({"params": params["final_norm"]}, x_ND)
-        layers = {number: stream.reshape(B, T, D) for number, stream in streams.items()}
+        layers = {number: stream.reshape(B, T, D) for number, stream in streams.items()} or None
         return ModelOutputs(x_ND.reshape(B, T, D), {}, cache, layers)
 
     def head(self, variables: Variables) -> Head:
@@ -263,8 +263,7 @@ class Decoder:
             windowed = self.config.windowed(index) and not self.config.scanned
             if windowed not in kinds:
                 kinds[windowed] = keys(self._layer_cache(cache, index))
-        each = kinds.get(False), kinds.get(True)
-        pair = [found or each[0] or each[1] for found in each]
+        pair = [kinds.get(windowed) or next(iter(kinds.values())) for windowed in (False, True)]
         contexts = self._contexts(segments_BT, positions_BT, *pair, write=Write(numbers, count))
         return contexts, cache | {"count": count, "segments": segments, "positions": positions}
 
@@ -295,12 +294,13 @@ class Decoder:
         layer = REMAT[config.remat](layer)
         collections = {name: tree for name, tree in variables.items() if name != "cache"}
         if not config.scanned:
-            caches, streams = {}, {0: x_ND}
+            caches: Variables = {}
+            streams = {0: x_ND}
             for index in range(config.num_layers):
                 name = layout.layer_name(index)
                 own = {c: tree[name] for c, tree in collections.items() if name in tree}
                 context = local if local is not None and config.windowed(index) else full
-                x_ND, caches[name] = layer(x_ND, own, cache and cache[name], context, index)
+                x_ND, caches[name] = layer(x_ND, own, cache[name] if cache else None, context, index)
                 streams[index + 1] = x_ND
             return x_ND, caches, {number: streams[number] for number in collect}
 
@@ -320,6 +320,6 @@ class Decoder:
             return layer(x_ND, own, layer_cache, context, index)
 
         swap = functools.partial(jax.tree.map, lambda leaf: jnp.moveaxis(leaf, 0, 1))
-        layer_caches = cache and swap(cache[layout.STACKED])
+        layer_caches = swap(cache[layout.STACKED]) if cache else None
         x_ND, caches = jax.lax.scan(body, x_ND, (own, layer_caches, windowed, jnp.arange(config.num_layers)))
         return x_ND, {layout.STACKED: swap(caches)} if cache else {}, {}

@@ -234,7 +234,8 @@ class KiviCache:
         stored = [put(buffer, part, at, 2) for buffer, part in zip(old, (*key_parts, *value_parts))]
         retired = jnp.maximum(self.retired, full * self.group)
         recent = self.recent.extend(key, value, numbers, count)
-        return KiviCache(recent, retired, *stored, bits=self.bits, group=self.group)
+        names = ("key_codes", "key_low", "key_step", "value_codes", "value_low", "value_step")
+        return dataclasses.replace(self, recent=recent, retired=retired, **dict(zip(names, stored)))
 
     def read(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
         B, G, M, _, K = self.key_codes.shape

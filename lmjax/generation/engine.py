@@ -1,0 +1,267 @@
+"""The rows of a batch on the device: where they are, how they are sampled, and one step of all of them.
+
+`start` reads the prompts but for their last tokens. `advance` is one loop: each step reads the newest token of every
+row, shapes the logits, draws, and the loop goes on until every row is done. A row depends on its prompt, its key and
+its rules, never on its neighbours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from lmjax.generation import constraints as grammar
+from lmjax.generation.decoding import Model, Prompts, forward, next_logits, prefill
+from lmjax.generation.processors import History, Processor, apply, guide
+from lmjax.generation.sampling import draw, likeliest, logprob, row_uniforms
+from lmjax.models.decoder import Variables
+from lmjax.modules.cache import CacheSpec, put, take_rows
+from lmjax.sharding.context import constrain, tracing_for
+
+FINISH = ("length", "eos", "stop", "dead end")  # why a row ended, by its number
+
+
+class Generation(NamedTuple):
+    """What was sampled after each prompt.
+
+    Attributes:
+      tokens: int32 [B, N], the new tokens; 0 behind a row's end.
+      logprobs: float32 [B, N], log-probability of each under the model at the temperature it was sampled at (at 1 where
+        that was 0): what the trainer computes for the same tokens. 0 behind a row's end.
+      sampling_logprobs: float32 [B, N], log-probability of each under the distribution it was drawn from, after all
+        processors, guidance and masks.
+      lengths: int32 [B], how many of a row's tokens count, the end-of-sequence token included.
+      finish: int32 [B], why a row ended, an index of `FINISH`: it reached its length, said an eos, was stopped by the
+        caller, or had no token left that it was allowed to say.
+    """
+
+    tokens: Any
+    logprobs: Any
+    sampling_logprobs: Any
+    lengths: Any
+    finish: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """How the rows of a batch are sampled. Every array has the rows in front.
+
+    Attributes:
+      processors: an arranged chain with one value a row.
+      temperature: float32 [B].
+      limit: int32 [B], new tokens at the most.
+      eos: int32 [B, E], the ids that end a row; -1 for none.
+      guidance: float32 [B], or None without classifier-free guidance.
+      greedy, drawn: static; whether any row takes the likeliest token, and whether any draws.
+    """
+
+    processors: tuple[Processor, ...]
+    temperature: Any
+    limit: Any
+    eos: Any
+    guidance: Any = None
+    greedy: bool = dataclasses.field(default=True, metadata={"static": True})
+    drawn: bool = dataclasses.field(default=True, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Where the rows of a batch are. Every leaf has the rows in front.
+
+    Attributes:
+      keys: [B], a random key a row.
+      history: prompts and what was said.
+      logprobs, sampling_logprobs: float32 [B, N], as in `Generation`.
+      done: bool [B].
+      finish: int32 [B].
+      cache: holds all but the newest token of each row; with guidance, B rows without their prompts behind.
+    """
+
+    keys: Any
+    history: History
+    logprobs: Any
+    sampling_logprobs: Any
+    done: Any
+    finish: Any
+    cache: Variables
+
+
+def _within(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if mesh is None else tracing_for(mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("N", "spec", "chunk", "samples", "guided", "mesh"))
+def start(
+    model: Model,
+    prompts: Prompts,
+    keys_B: jax.Array,
+    prefix: Any,
+    *,
+    N: int,
+    spec: CacheSpec,
+    chunk: int | None,
+    samples: int,
+    guided: bool,
+    mesh: Mesh | None,
+) -> State:
+    """Reads the prompts but for their last tokens, and makes `samples` rows of each.
+
+    Args:
+      model: from `prepare`.
+      prompts: padded on the left; with `guided`, those that guidance leans away from behind the others.
+      keys_B: a random key a row.
+      prefix: see `sampler.begin`.
+      N: room for new tokens.
+      spec, chunk, mesh: see `sampler.begin`.
+      samples: rows of each prompt.
+      guided: whether there is classifier-free guidance.
+    """
+    with _within(mesh):
+        tokens_BP, segments_BP, positions_BP = (constrain(x, ("batch", None)) for x in prompts[:3])
+        rows, P = tokens_BP.shape
+        before = 0 if prefix is None else jax.tree.leaves(prefix)[0].shape[1]
+        cache = model.policy.init_cache(rows, before + P + N, spec)
+        if prefix is not None:
+            cache = with_prefix(cache, prefix)
+        rest = Prompts(tokens_BP, segments_BP.at[:, -1].set(0), positions_BP + before, prompts.lengths)
+        cache = prefill(model, cache, rest, chunk)[1]
+        cache = take_rows(cache, jnp.repeat(jnp.arange(rows), samples)) if samples > 1 else cache
+        index_BP = jnp.arange(P) + P - prompts.lengths[:, None]
+        packed_BP = jnp.take_along_axis(tokens_BP, jnp.minimum(index_BP, P - 1), axis=1)
+        prompts_B = rows // 2 if guided else rows
+        own = lambda x: jnp.repeat(x[:prompts_B], samples, axis=0)
+        B = prompts_B * samples
+        history = History(jnp.pad(own(packed_BP), ((0, 0), (0, N))), own(prompts.lengths), own(prompts.lengths))
+        zeros = lambda: jnp.zeros((B, N), jnp.float32)
+        return State(keys_B, history, zeros(), zeros(), jnp.zeros((B,), bool), jnp.zeros((B,), jnp.int32), cache)
+
+
+def with_prefix(cache: Variables, prefix: Any) -> Variables:
+    """An empty cache with the same keys and values in front of every row. See `begin`."""
+    P = jax.tree.leaves(prefix)[0].shape[1]
+    rows = cache["count"].shape[0]
+    numbers, count = jnp.broadcast_to(jnp.arange(P), (rows, P)), jnp.full((rows,), P, jnp.int32)
+    changed: Variables = {
+        "count": count,
+        "segments": put(cache["segments"], jnp.ones((rows, P), jnp.int32), numbers),
+        "positions": put(cache["positions"], numbers, numbers),
+    }
+    for name, (key, value) in prefix.items():
+        each = lambda x: jnp.broadcast_to(x, (rows, *x.shape))
+        changed[name] = cache[name].extend(each(key), each(value), numbers, count)
+    return cache | changed
+
+
+def advance(
+    model: Model, rules: Rules, state: State, steps: int | None = None, bits: Any = None, mesh: Mesh | None = None
+) -> State:
+    """Samples up to `steps` tokens of each row (None: until all are done). The state given is used up.
+
+    Args:
+      model, rules, state: from `begin`.
+      bits: uint32 [B, W], which tokens may come next (`constraints.fill_masks`); takes a single step.
+      mesh: as in `begin`.
+    """
+    everything = np.iinfo(np.int32).max if steps is None else steps
+    return _advance(model, rules, state, np.int32(everything), bits, mesh=mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh",), donate_argnames=("state",))
+def _advance(model: Model, rules: Rules, state: State, steps: Any, bits: Any, *, mesh: Mesh | None) -> State:
+    def body(carry: tuple[Any, State]) -> tuple[Any, State]:
+        return carry[0] + 1, _step(model, rules, carry[1], bits)
+
+    with _within(mesh):
+        if bits is not None:
+            return _step(model, rules, state, bits)
+        more = lambda carry: (carry[0] < steps) & ~jnp.all(carry[1].done)
+        return jax.lax.while_loop(more, body, (jnp.int32(0), state))[1]
+
+
+def _step(model: Model, rules: Rules, state: State, bits: Any) -> State:
+    """Reads the newest token of each row and chooses the next."""
+    history, going_B = state.history, ~state.done
+    last_B = jnp.take_along_axis(history.tokens, history.length[:, None] - 1, axis=1)[:, 0]
+    twice = lambda x: x if rules.guidance is None else jnp.concatenate([x, x])
+    read = forward(
+        model,
+        state.cache,
+        twice(last_B)[:, None],
+        twice(going_B)[:, None].astype(jnp.int32),
+        state.cache["count"][:, None],
+    )
+    z_BV = next_logits(model, read.hidden[:, 0])
+
+    # What the trainer computes, and what is drawn from.
+    shaped_BV = z_BV
+    if rules.guidance is not None:
+        z_BV, negative_BV = jnp.split(z_BV, 2)
+        shaped_BV = guide(z_BV, negative_BV, rules.guidance)
+    if bits is not None:
+        shaped_BV = jnp.where(grammar.unpack(bits, z_BV.shape[1]), shaped_BV, -jnp.inf)
+    shaped = shaped_BV is not z_BV or bool(rules.processors)
+    tempered_BV = z_BV / jnp.where(rules.temperature > 0, rules.temperature, 1.0)[:, None]
+    drawn_BV = apply(shaped_BV, history, rules.processors, rules.temperature) if shaped else tempered_BV
+
+    token_B = sampling_B = jnp.zeros_like(rules.temperature)
+    if rules.drawn:
+        token_B, sampling_B = draw(drawn_BV, row_uniforms(state.keys, history.generated, 2))
+    if rules.greedy:
+        best_B = likeliest(drawn_BV)
+        best_logprob_B = logprob(drawn_BV, best_B)
+        greedy_B = rules.temperature == 0
+        token_B, sampling_B = jnp.where(greedy_B, best_B, token_B), jnp.where(greedy_B, best_logprob_B, sampling_B)
+    token_B = token_B.astype(jnp.int32)
+    own_B = logprob(tempered_BV, token_B) if shaped else sampling_B
+
+    if shaped:  # only then can there be nothing to say
+        stuck_B = jnp.max(drawn_BV, axis=-1) == -jnp.inf
+    else:
+        stuck_B = jnp.zeros_like(going_B)
+    said_B = going_B & ~stuck_B
+    number_B = jnp.where(said_B, history.generated, -1)[:, None]
+    ended_B = said_B & jnp.any(token_B[:, None] == rules.eos, axis=1)
+    stuck_B = going_B & stuck_B
+    length_B = history.length + said_B
+    full_B = length_B - history.prompt_length >= rules.limit
+    return State(
+        keys=state.keys,
+        history=History(
+            put(history.tokens, token_B[:, None], jnp.where(said_B, history.length, -1)[:, None]),
+            length_B,
+            history.prompt_length,
+        ),
+        logprobs=put(state.logprobs, own_B[:, None], number_B),
+        sampling_logprobs=put(state.sampling_logprobs, sampling_B[:, None], number_B),
+        done=state.done | ended_B | stuck_B | full_B,
+        finish=jnp.where(ended_B, 1, jnp.where(stuck_B, 3, state.finish)),
+        cache=read.cache,
+    )
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def stop(state: State, rows: jax.Array) -> State:
+    """Ends the rows where `rows`, bool [B], is true. The state given is used up."""
+    ends = rows & ~state.done
+    return dataclasses.replace(state, done=state.done | rows, finish=jnp.where(ends, 2, state.finish))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def collect(state: State, rows: int) -> Generation:
+    """What the first `rows` rows of a state have said."""
+    history, N = state.history, state.logprobs.shape[1]
+    index_N = jnp.arange(N)
+    index_BN = jnp.minimum(history.prompt_length[:, None] + index_N, history.tokens.shape[1] - 1)
+    tokens_BN = jnp.take_along_axis(history.tokens, index_BN, axis=1)
+    tokens_BN = jnp.where(index_N < history.generated[:, None], tokens_BN, 0)
+    found = Generation(tokens_BN, state.logprobs, state.sampling_logprobs, history.generated, state.finish)
+    return jax.tree.map(lambda leaf: leaf[:rows], found)
