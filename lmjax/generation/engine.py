@@ -60,6 +60,7 @@ class Rules:
       limit: int32 [B], new tokens at the most.
       eos: int32 [B, E], the ids that end a row; -1 for none.
       guidance: float32 [B], or None without classifier-free guidance.
+      negative: int32 [B], the last token of the prompt that guidance leans away from, or None.
       greedy, drawn: static; whether any row takes the likeliest token, and whether any draws.
     """
 
@@ -68,6 +69,7 @@ class Rules:
     limit: Any
     eos: Any
     guidance: Any = None
+    negative: Any = None
     greedy: bool = dataclasses.field(default=True, metadata={"static": True})
     drawn: bool = dataclasses.field(default=True, metadata={"static": True})
 
@@ -191,14 +193,11 @@ def _step(model: Model, rules: Rules, state: State, bits: Any) -> State:
     """Reads the newest token of each row and chooses the next."""
     history, going_B = state.history, ~state.done
     last_B = jnp.take_along_axis(history.tokens, history.length[:, None] - 1, axis=1)[:, 0]
-    twice = lambda x: x if rules.guidance is None else jnp.concatenate([x, x])
-    read = forward(
-        model,
-        state.cache,
-        twice(last_B)[:, None],
-        twice(going_B)[:, None].astype(jnp.int32),
-        state.cache["count"][:, None],
-    )
+    going = going_B.astype(jnp.int32)
+    if rules.guidance is not None:
+        last_B = jnp.concatenate([last_B, jnp.where(history.generated == 0, rules.negative, last_B)])
+        going = jnp.concatenate([going, going])
+    read = forward(model, state.cache, last_B[:, None], going[:, None], state.cache["count"][:, None])
     z_BV = next_logits(model, read.hidden[:, 0])
 
     # What the trainer computes, and what is drawn from.
@@ -209,19 +208,19 @@ def _step(model: Model, rules: Rules, state: State, bits: Any) -> State:
     if bits is not None:
         shaped_BV = jnp.where(grammar.unpack(bits, z_BV.shape[1]), shaped_BV, -jnp.inf)
     shaped = shaped_BV is not z_BV or bool(rules.processors)
-    tempered_BV = z_BV / jnp.where(rules.temperature > 0, rules.temperature, 1.0)[:, None]
-    drawn_BV = apply(shaped_BV, history, rules.processors, rules.temperature) if shaped else tempered_BV
+    warm_B = jnp.where(rules.temperature > 0, rules.temperature, 1.0)
+    drawn_BV = apply(shaped_BV, history, rules.processors, rules.temperature) if shaped else z_BV
 
-    token_B = sampling_B = jnp.zeros_like(rules.temperature)
+    token_B, sampling_B = jnp.zeros(going_B.shape, jnp.int32), jnp.zeros_like(warm_B)
     if rules.drawn:
-        token_B, sampling_B = draw(drawn_BV, row_uniforms(state.keys, history.generated, 2))
+        uniforms_B2 = row_uniforms(state.keys, history.generated, 2)
+        token_B, sampling_B = draw(drawn_BV, uniforms_B2, None if shaped else warm_B)
     if rules.greedy:
         best_B = likeliest(drawn_BV)
-        best_logprob_B = logprob(drawn_BV, best_B)
         greedy_B = rules.temperature == 0
-        token_B, sampling_B = jnp.where(greedy_B, best_B, token_B), jnp.where(greedy_B, best_logprob_B, sampling_B)
-    token_B = token_B.astype(jnp.int32)
-    own_B = logprob(tempered_BV, token_B) if shaped else sampling_B
+        token_B = jnp.where(greedy_B, best_B, token_B)
+        sampling_B = jnp.where(greedy_B, logprob(drawn_BV, best_B), sampling_B)
+    own_B = logprob(z_BV, token_B, warm_B) if shaped else sampling_B
 
     if shaped:  # only then can there be nothing to say
         stuck_B = jnp.max(drawn_BV, axis=-1) == -jnp.inf

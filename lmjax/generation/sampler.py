@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from lmjax.errors import UserError
 from lmjax.generation import constraints as grammar
-from lmjax.generation.decoding import Model, pad_prompts, prepare
+from lmjax.generation.decoding import Model, check_prompts, pad_prompts, prepare
 from lmjax.generation.engine import FINISH, Generation, Rules, State, advance, collect, start, stop
 from lmjax.generation.processors import Processor, check, per_row
 from lmjax.models.decoder import Variables
@@ -139,6 +139,7 @@ def begin(
     processors: Iterable[Processor] = (),
     eos: int | Sequence[int] | None = None,
     samples: int = 1,
+    room: int | None = None,
     guidance: Any = None,
     negative_prompts: Sequence[Any] | None = None,
     cache: CacheSpec | None = None,
@@ -150,6 +151,7 @@ def begin(
 
     Args:
       policy, variables, prompts, key, max_new_tokens, temperature, processors, eos, samples: as in `generate`.
+      room: N of the buffers, so that any lengths up to it share one compilation; None: the largest `max_new_tokens`.
       guidance: scale of classifier-free guidance (`processors.guide`), a number or one a prompt; doubles the work.
       negative_prompts: what guidance leans away from; None: the last token of each prompt alone.
       cache: the kind of key/value cache; `Dense()` if None.
@@ -169,17 +171,20 @@ def begin(
     limits = np.asarray(max_new_tokens, np.int32).reshape(-1)
     if limits.size and limits.min() < 1:
         raise UserError(f"max_new_tokens is {limits.min()}; ask for at least 1.")
-    N = int(limits.max(initial=1))
+    N = int(limits.max(initial=1)) if room is None else room
+    if limits.max(initial=1) > N:
+        raise UserError(f"room is {room} but max_new_tokens {limits.max()}; make room for as many.")
     before = 0 if prefix is None else jax.tree.leaves(prefix)[0].shape[1]
-    rows = list(prompts)
+    rows: list[Any] = list(prompts)
+    negative: Any = negative_prompts
     if guidance is not None:
-        negative = [np.asarray(row).reshape(-1)[-1:] for row in rows] if negative_prompts is None else negative_prompts
+        negative = [np.ravel(row)[-1:] for row in rows] if negative is None else list(negative)
         if len(negative) != count:
             raise UserError(f"there are {len(negative)} negative prompts for {count} prompts; give each prompt one.")
-        rows += list(negative)
-    elif negative_prompts is not None:
+        rows += negative
+    elif negative is not None:
         raise UserError("negative_prompts are given without guidance; give a guidance scale, such as 1.5.")
-    pad_prompts(policy, rows, before + N)  # checks all before any work
+    check_prompts(policy, rows, before + N)
     if samples < 1:
         raise UserError(f"samples is {samples}; ask for at least 1.")
     if chunk is not None and (chunk < 1 or chunk & (chunk - 1)):
@@ -208,6 +213,7 @@ def begin(
         limit=limit_B,
         eos=np.broadcast_to(ids if ids.size else np.array([-1], np.int32), (B, max(ids.size, 1))),
         guidance=None if guidance is None else spread("guidance", guidance, np.float32),
+        negative=None if guidance is None else spread("negative", [np.ravel(row)[-1] for row in negative], np.int32),
         greedy=bool(np.any(temperature_B == 0)),
         drawn=bool(np.any(temperature_B > 0)),
     )

@@ -174,6 +174,8 @@ def test_each_row_has_its_own_length_and_any_of_several_eos() -> None:
     free = np.asarray(generate(policy, variables, PROMPTS, KEY, max_new_tokens=N).tokens)
     found = generate(policy, variables, PROMPTS, KEY, max_new_tokens=[3, N, 5])
     assert found.lengths.tolist() == [3, N, 5]
+    wide = generate(policy, variables, PROMPTS, KEY, max_new_tokens=[3, N, 5], room=12)
+    np.testing.assert_array_equal(wide.tokens[:, :N], found.tokens)
     np.testing.assert_array_equal(found.tokens[1], free[1])
     ends = [int(free[0, 3]), int(free[1, 6])]
     found = generate(policy, variables, PROMPTS, KEY, max_new_tokens=N, eos=ends)
@@ -267,6 +269,7 @@ def test_draws_at_the_ends_of_the_unit_interval_are_possible_tokens() -> None:
         (dict(processors=[min_new_tokens(50, eos=3)]), "min_new_tokens"),
         (dict(max_new_tokens=[1, 2]), r"max_new_tokens has shape \[2\] for 3 prompts"),
         (dict(max_new_tokens=[1, 0, 2]), "max_new_tokens is 0"),
+        (dict(room=3), "room is 3 but max_new_tokens 4"),
     ],
 )
 def test_bad_input_is_one_sentence(options: dict, sentence: str) -> None:
