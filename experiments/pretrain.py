@@ -80,7 +80,9 @@ def run(config: PretrainConfig, options: command_line.Options) -> int:
     def score(state: Any, batches: Any) -> dict[str, float]:
         return lm.evaluation.evaluate_batches(policy, weights(state), batches, mesh=mesh).metrics()
 
-    prompt = prompt_ids(data.tokenizer, config.sample_prompt or "\n") if config.sample_tokens else None
+    prompt = None
+    if config.sample_tokens:
+        prompt = prompt_ids(data.tokenizer, config.sample_prompt or "\n", config.data.document_markers)
 
     def sample(state: Any) -> str:
         found = lm.generation.generate(
@@ -90,7 +92,7 @@ def run(config: PretrainConfig, options: command_line.Options) -> int:
             jax.random.fold_in(jax.random.key(config.seed), state.step),
             max_new_tokens=config.sample_tokens,
             temperature=config.sample_temperature,
-            top_k=config.sample_top_k,
+            processors=(lm.generation.top_k(config.sample_top_k),) if config.sample_top_k else (),
             eos=data.tokenizer.eos,
         )
         return config.sample_prompt + completion_text(data.tokenizer, found.tokens[0], found.lengths[0])

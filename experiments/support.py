@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from lmjax.models.config import DecoderConfig
 if TYPE_CHECKING:
     import numpy as np
 
+    from experiments.generate_config import SamplingConfig
+    from lmjax.data.templates import ChatTemplate
     from lmjax.tokenizers.base import Tokenizer
 
 TOKENIZER = "tokenizer"  # its folder in a run directory
@@ -29,20 +32,25 @@ def use_compilation_cache(root: str) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def prompt_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """A prompt as ids, int32 [n], with the marker that begins a document where the tokenizer has one.
+def prompt_ids(tokenizer: Tokenizer, text: str, markers: bool = True) -> np.ndarray:
+    """A prompt as ids, int32 [n].
+
+    Args:
+      tokenizer: of the model.
+      text: the prompt.
+      markers: begin with the marker that begins a document, where the tokenizer has one.
 
     Raises:
-      UserError: an empty prompt for a tokenizer without such a marker.
+      UserError: an empty prompt without such a marker.
     """
     import numpy as np
 
-    start = tokenizer.bos if tokenizer.bos is not None else tokenizer.eos
+    start = (tokenizer.bos if tokenizer.bos is not None else tokenizer.eos) if markers else None
     ids = tokenizer.encode(text)
     if start is not None:
         ids = np.concatenate([[start], ids])
     if not len(ids):
-        raise UserError("the prompt is empty and the tokenizer has no marker to begin with; give some text")
+        raise UserError("the prompt is empty and there is no marker to begin a document with; give some text")
     return ids.astype(np.int32)
 
 
@@ -61,6 +69,7 @@ class OpenedModel:
     Attributes:
       policy, variables: the model.
       tokenizer: its own.
+      tokenizer_path: where that was, and perhaps a chat template beside it.
       markers: whether its training documents had a marker before them.
       description: where it comes from, in words.
     """
@@ -68,8 +77,21 @@ class OpenedModel:
     policy: Any
     variables: Any
     tokenizer: Tokenizer
+    tokenizer_path: str
     markers: bool
     description: str
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that it has positions for; None where there is no such number."""
+        config = self.policy.config
+        return config.max_length if isinstance(config, DecoderConfig) else None
+
+    def chat_template(self, name: str = "auto") -> ChatTemplate:
+        """The chat template of a name, or the model's own."""
+        if name != "auto":
+            return lm.data.template(name)
+        return lm.data.for_tokenizer(self.tokenizer, self.tokenizer_path)
 
 
 def open_model(path: str, *, step: str = "last", average: bool | None = None, tokenizer: str = "") -> OpenedModel:
@@ -99,8 +121,9 @@ def open_model(path: str, *, step: str = "last", average: bool | None = None, to
             f"{path} is a Hugging Face directory, which holds one set of weights; leave out step and average"
         )
     config, variables = lm.interop.load_huggingface(folder)
+    where = tokenizer or str(folder)
     return OpenedModel(
-        lm.Policy(config), variables, lm.tokenizers.load(tokenizer or str(folder)), True, f"{path} (Hugging Face)"
+        lm.Policy(config), variables, lm.tokenizers.load(where), where, True, f"{path} (Hugging Face)"
     )
 
 
@@ -124,9 +147,69 @@ def _open_run(folder: Path, step: str, average: bool | None, tokenizer: str) -> 
         variables = variables | lm.training.load_part(checkpoints, "ema", chosen)
     if isinstance(config.model, DecoderConfig) and config.model.scanned:
         variables = lm.models.stack_layers(variables)
-    own = lm.tokenizers.load(tokenizer or str(folder / TOKENIZER))
+    where = tokenizer or str(folder / TOKENIZER)
     what = f"{folder}, step {metadata['step']}" + (", moving average" if has_average and average is not False else "")
-    return OpenedModel(policy, jax.device_put(variables), own, config.data.document_markers, what)
+    return OpenedModel(
+        policy, jax.device_put(variables), lm.tokenizers.load(where), where, config.data.document_markers, what
+    )
+
+
+def cache_spec(name: str, model: OpenedModel) -> Any:
+    """The kind of key/value cache that a name stands for: dense, int8, kivi4 or kivi2.
+
+    Raises:
+      UserError: the model's heads do not fit it.
+    """
+    import jax
+
+    from lmjax.modules import cache
+
+    kinds = {"dense": cache.Dense(), "int8": cache.Int8(), "kivi4": cache.Kivi(4), "kivi2": cache.Kivi(2)}
+    jax.eval_shape(lambda: model.policy.init_cache(1, 1, kinds[name]))
+    return kinds[name]
+
+
+def sampling_processors(config: SamplingConfig) -> list[Any]:
+    """The logits processors that a config asks for and that need no model; those that change nothing are left out.
+
+    Raises:
+      UserError: a number out of range.
+    """
+    given = lm.generation
+    neutral = {
+        given.repetition_penalty: (config.repetition_penalty, 1),
+        given.frequency_penalty: (config.frequency_penalty, 0),
+        given.presence_penalty: (config.presence_penalty, 0),
+        given.no_repeat_ngram: (config.no_repeat_ngram, 0),
+        given.top_k: (config.top_k, 0),
+        given.top_p: (config.top_p, 1),
+        given.min_p: (config.min_p, 0),
+        given.typical: (config.typical, 1),
+    }
+    return [make(value) for make, (value, nothing) in neutral.items() if value != nothing]
+
+
+def all_processors(
+    config: SamplingConfig, model: OpenedModel, given: Sequence[Any], eos: Sequence[int], max_new_tokens: int
+) -> Sequence[Any]:
+    """The chain of these and those that need the model: the least length, and no ids beyond the tokenizer's.
+
+    Args:
+      config, model: as they are.
+      given: from `sampling_processors`.
+      eos: the ids that end an output.
+      max_new_tokens: the longest output.
+
+    Raises:
+      UserError: they contradict each other.
+    """
+    vocab_size = model.policy.config.vocab_size
+    chain = list(given)
+    if beyond := list(range(model.tokenizer.vocab_size, vocab_size)):  # they have no text
+        chain.append(lm.generation.suppress(beyond))
+    if config.min_new_tokens and eos:
+        chain.append(lm.generation.min_new_tokens(config.min_new_tokens, eos))
+    return lm.generation.processors.check(chain, vocab_size, max_new_tokens)
 
 
 def output_folder(run_dir: str | None, model: str, name: str) -> Path:

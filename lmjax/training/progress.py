@@ -11,7 +11,7 @@ _EVERY = 10.0  # seconds between plain lines
 
 
 class Progress:
-    """Shows step, loss, tokens/s, MFU and the time left.
+    """Shows how far it is, loss, tokens/s, MFU and the time left.
 
     Args:
       steps: the last step.
@@ -19,10 +19,13 @@ class Progress:
       stream: where to write; a bar if it is a terminal, a line every ten seconds if not. Default: standard
         error.
       known_hardware: False has "MFU unknown hardware" said.
+      unit: what is counted.
     """
 
-    def __init__(self, steps: int, start: int = 0, *, stream: Any = None, known_hardware: bool = False) -> None:
-        self._steps, self._start, self._known = steps, start, known_hardware
+    def __init__(
+        self, steps: int, start: int = 0, *, stream: Any = None, known_hardware: bool = False, unit: str = "step"
+    ) -> None:
+        self._steps, self._start, self._known, self._unit = steps, start, known_hardware, unit
         self._stream = sys.stderr if stream is None else stream
         self._began = time.monotonic()
         self._last_line = -_EVERY
@@ -35,7 +38,7 @@ class Progress:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._bar = Progress(
-            TextColumn("step"),
+            TextColumn(self._unit),
             MofNCompleteColumn(),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[text]}"),
@@ -58,8 +61,8 @@ class Progress:
             return
         self._last_line = now
         speed = (now - self._began) / max(step - self._start, 1)
-        left = duration(speed * (self._steps - step))
-        self._print(f"step {step}/{self._steps}  {text}  left {left}")
+        left = duration(speed * (self._steps - step)) if step > self._start else "-:--"
+        self._print(f"{self._unit} {step}/{self._steps}  {text}  left {left}")
 
     def advance(self, step: int) -> None:
         """Moves the bar between records, ten times a second at most: this is called every step."""

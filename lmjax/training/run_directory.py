@@ -61,7 +61,7 @@ class RunDirectory:
         try:
             for folder in (path, path / "plots", path / "samples"):
                 folder.mkdir(parents=True, exist_ok=True)
-            lock = _take_lock(path / "lock")
+            lock = take_lock(path / "lock")
             _write_keeping(path / "config.json", json.dumps(values, indent=2) + "\n")
             if config_text is not None:
                 _write_keeping(path / "config.py", config_text)
@@ -197,7 +197,7 @@ def _write_keeping(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _take_lock(path: Path) -> Any:
+def take_lock(path: Path) -> Any:
     """Holds the file until it is closed or the process ends, however it ends; None without locks."""
     try:
         import fcntl

@@ -31,9 +31,9 @@ def test_help_and_print_config_do_not_import_jax() -> None:
     program = """
 import importlib, io, contextlib, sys
 from lmjax import command_line
-for name, config in (("pretrain", "PretrainConfig"), ("evaluate", "EvaluateConfig"), ("generate", "GenerateConfig")):
+for name in ("pretrain", "evaluate", "generate", "chat"):
     script = importlib.import_module(f"experiments.{name}")
-    default = getattr(importlib.import_module(f"experiments.{name}_config"), config)()
+    default = getattr(importlib.import_module(f"experiments.{name}_config"), f"{name.title()}Config")()
     for argv in (["--help"], ["--print-config"]):
         said = io.StringIO()
         with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
