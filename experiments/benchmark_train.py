@@ -12,19 +12,15 @@ Needs the `dev` extra (PyTorch). Results are appended to `docs/benchmarks/train.
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
 import resource
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from experiments import benchmarking
-from lmjax.host_memory import KEEP, VARIABLE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,47 +176,21 @@ def worker(side: str, case: Case, threads: int, bf16: bool, pipe: Any) -> None:
     cpus = sorted(os.sched_getaffinity(0))[:threads]
     os.sched_setaffinity(0, cpus)
     data = batches(case)
-    step, version = SIDES[side](case, threads, bf16)
+    step, version = SIDES[side](case, threads, bf16 and side == "torch")
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # model and optimizer are there, no step was taken yet
     losses = [step(data[i % len(data)]) for i in range(10)]
     growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base
     pipe.send({"version": version, "losses": losses, "memory_growth_mib": growth / 1024})
     while pipe.recv():
         step(data[0])  # not timed: the process was idle while the other side ran
-        busy, cpu, start = _busy(), time.process_time(), time.perf_counter()
-        for i in range(case.window):
-            step(data[i % len(data)])
-        wall, cpu = time.perf_counter() - start, time.process_time() - cpu
-        others = max(0.0, (_busy() - busy) - cpu) / (wall * (os.cpu_count() or 1))
-        pipe.send({"wall": wall / case.window, "cpu": cpu / case.window, "others": others})
-
-
-def _busy() -> float:
-    """Seconds all processors have been busy since boot."""
-    fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
-    user, nice, system, _, _, irq, softirq, steal = (int(x) for x in fields[:8])
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        window = benchmarking.timed(lambda: [step(data[i % len(data)]) for i in range(case.window)])
+        pipe.send(window | {name: window[name] / case.window for name in ("wall", "cpu")})
 
 
 def compare(name: str, rounds: int, threads: int, bf16: bool, quiet: float) -> dict[str, Any]:
     """One case: both sides in turns, `rounds` times."""
-    case, context = CASES[name], multiprocessing.get_context("spawn")
-    os.environ.setdefault(VARIABLE, KEEP)  # as experiments run; both sides get it
-    pipes, workers, hello = {}, [], {}
-    for side in SIDES:
-        pipes[side], theirs = context.Pipe()
-        workers.append(context.Process(target=worker, args=(side, case, threads, bf16 and side == "torch", theirs)))
-        workers[-1].start()
-        hello[side] = pipes[side].recv()
-    windows: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-    for _ in range(rounds):
-        for side in SIDES:
-            time.sleep(0.4)  # OpenMP threads of the other side spin for 0.2 s after their last work
-            pipes[side].send(True)
-            windows[side].append(pipes[side].recv())
-    for side, process in zip(SIDES, workers, strict=True):
-        pipes[side].send(False)
-        process.join()
+    case = CASES[name]
+    hello, windows = benchmarking.take_turns(worker, list(SIDES), (case, threads, bf16), rounds)
     ours, peer = windows["lmjax"], windows["torch"]
     calm = [i for i in range(rounds) if max(ours[i]["others"], peer[i]["others"]) < quiet]
     used = calm or range(rounds)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import time
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch")
+from lmjax.host_memory import KEEP, VARIABLE
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
 
 
 def machine() -> dict[str, Any]:
@@ -47,3 +51,55 @@ def report(result: dict[str, Any], name: str, run_dir: Path | None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(line + "\n")
+
+
+def take_turns(
+    worker: Callable[..., None], sides: Sequence[str], arguments: tuple[Any, ...], rounds: int
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """Two programs timed in alternation, each in a process of its own, so that neither computes while the other does.
+
+    Args:
+      worker: `worker(side, *arguments, pipe)`; it sends what it has to say of itself, and then answers each True with
+        the dict of a timed window (`timed`), until it gets False.
+      sides: their names; each is ready before the next one starts.
+      arguments: for both.
+      rounds: windows of each.
+
+    Returns:
+      What each side said of itself, and its windows.
+    """
+    context = multiprocessing.get_context("spawn")
+    os.environ.setdefault(VARIABLE, KEEP)  # as experiments run; both sides get it
+    pipes: dict[str, Any] = {}
+    workers, hello = [], {}
+    for side in sides:
+        pipes[side], theirs = context.Pipe()
+        workers.append(context.Process(target=worker, args=(side, *arguments, theirs)))
+        workers[-1].start()
+        hello[side] = pipes[side].recv()
+    windows: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    for _ in range(rounds):
+        for side in sides:
+            time.sleep(0.4)  # OpenMP threads of the other side spin for 0.2 s after their last work
+            pipes[side].send(True)
+            windows[side].append(pipes[side].recv())
+    for side, process in zip(sides, workers, strict=True):
+        pipes[side].send(False)
+        process.join()
+    return hello, windows
+
+
+def timed(work: Callable[[], Any]) -> dict[str, float]:
+    """Seconds of wall and processor time, and the share of the machine that others used meanwhile."""
+    busy, cpu, start = _busy(), time.process_time(), time.perf_counter()
+    work()
+    wall, cpu = time.perf_counter() - start, time.process_time() - cpu
+    others = max(0.0, (_busy() - busy) - cpu) / (wall * (os.cpu_count() or 1))
+    return {"wall": wall, "cpu": cpu, "others": others}
+
+
+def _busy() -> float:
+    """Seconds all processors have been busy since boot."""
+    fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    user, nice, system, _, _, irq, softirq, steal = (int(x) for x in fields[:8])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
