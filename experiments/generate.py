@@ -100,13 +100,13 @@ def run(config: GenerateConfig, options: command_line.Options) -> int:
             print(f"kept        what {results.path} held is now in {results.kept}")
         if before:
             print(f"resumed     {before} of {len(jobs)} were there already", flush=True)
+        texts = () if rule else tuple(stop for stop in stops if isinstance(stop, str))
         shown = _Shown(len(jobs), before)
         try:
             if grammar is None:
-                found = _served(config, model, jobs, left, sampling, shown)
+                found = _served(config, model, jobs, left, sampling, texts, shown)
             else:
                 found = _constrained(config, model, jobs, left, sampling, grammar)
-            texts = () if rule else tuple(stop for stop in stops if isinstance(stop, str))
             for job, result in found:
                 row = _row(config, model, job, result, (*texts, *eos))
                 results.add(row)
@@ -169,12 +169,21 @@ def _jobs(config: GenerateConfig, model: OpenedModel, template: Any, prompts: li
 
 
 def _served(
-    config: GenerateConfig, model: OpenedModel, jobs: list[Job], left: list[Job], sampling: dict, shown: _Shown
-) -> Iterator[tuple[Job, Any]]:
-    """What is left, each as it finishes, by continuous batching."""
+    config: GenerateConfig, model: OpenedModel, jobs: list[Job], left: list[Job], sampling: dict,
+    texts: tuple[str, ...], shown: _Shown,
+) -> Iterator[tuple[Job, Any]]:  # fmt: skip
+    """What is left, each as it finishes, by continuous batching; a row that holds a stop text makes room."""
     import jax
 
     from lmjax.generation import batching
+
+    reading: dict[int, tuple[Any, int]] = {}  # by request: its text, and how many tokens of it were read
+
+    def stopped(number: int, tokens: Any) -> bool:
+        stream, read = reading.get(number) or (lm.tokenizers.TextStream(model.tokenizer, texts), 0)
+        stream.push(tokens[read:])
+        reading[number] = stream, len(tokens)
+        return stream.stopped is not None
 
     found = batching.serve(
         model.policy,
@@ -183,11 +192,14 @@ def _served(
         jax.random.key(config.seed),
         slots=min(config.slots, len(jobs)),
         report=shown.report,
+        until=stopped if texts else None,
         # Of all jobs, so that a resumed run has the shapes of one that was not interrupted.
         max_prompt=max(len(job.ids) for job in jobs),
         **sampling,
     )
-    return ((left[result.number], result) for result in found)
+    for result in found:
+        reading.pop(result.number, None)
+        yield left[result.number], result
 
 
 def _constrained(

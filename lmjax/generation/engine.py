@@ -180,16 +180,16 @@ def advance(
 @functools.partial(jax.jit, static_argnames=("mesh",), donate_argnames=("state",))
 def _advance(model: Model, rules: Rules, state: State, steps: Any, bits: Any, *, mesh: Mesh | None) -> State:
     def body(carry: tuple[Any, State]) -> tuple[Any, State]:
-        return carry[0] + 1, _step(model, rules, carry[1], bits)
+        return carry[0] + 1, step(model, rules, carry[1], bits)
 
     with _within(mesh):
         if bits is not None:
-            return _step(model, rules, state, bits)
+            return step(model, rules, state, bits)
         more = lambda carry: (carry[0] < steps) & ~jnp.all(carry[1].done)
         return jax.lax.while_loop(more, body, (jnp.int32(0), state))[1]
 
 
-def _step(model: Model, rules: Rules, state: State, bits: Any) -> State:
+def step(model: Model, rules: Rules, state: State, bits: Any) -> State:
     """Reads the newest token of each row and chooses the next."""
     history, going_B = state.history, ~state.done
     last_B = jnp.take_along_axis(history.tokens, history.length[:, None] - 1, axis=1)[:, 0]

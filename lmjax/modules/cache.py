@@ -240,7 +240,8 @@ class KiviCache:
     def read(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
         B, G, M, _, K = self.key_codes.shape
         key = _dequantize(self.key_codes, self.key_low, self.key_step, self.bits, axis=3)
-        grouped = lambda x: x.reshape(B, G, M, self.group, K // self.group, -1)
+        steps = K // self.group
+        grouped = lambda x: x.reshape(B, G, M, self.group, steps, x.shape[-1] // steps)  # M may be 0
         value = _dequantize(
             grouped(self.value_codes), grouped(self.value_low), grouped(self.value_step), self.bits, axis=5
         )

@@ -9,17 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmjax.models import Decoder
+from lmjax.models import Decoder, small
 from lmjax.modules.cache import Dense
-from tests.models.small import (
-    FAMILIES,
-    assert_close,
-    forward,
-    logits_from,
-    random_tokens,
-    scanned,
-    variables_of,
-)
+from tests.laws.registry import MODELS
+from tests.models import small as models
+from tests.models.small import VOCAB, assert_close, forward, logits_from, random_tokens, scanned, variables_of
+
+SMALL = small(VOCAB, num_layers=2, embed_dim=16, num_heads=4, max_length=32, layers="unrolled", init_std=0.3)
+FAMILIES = models.FAMILIES | {"small": SMALL}
 
 B, T, ROOM, PAD = 2, 11, 12, 3
 
@@ -55,6 +52,11 @@ def full_forward(name, tokens, segments, side):
     alone = np.stack([np.roll(tokens[0], -PAD if side == "left" else 0), tokens[1]])  # its padding on the right
     expected = forward(FAMILIES[name], variables_of(FAMILIES[name]), alone)
     return [expected[b, : segments[b].sum()] for b in range(B)]
+
+
+def test_every_family_is_here():
+    """But for the bigram table, whose cache is a count; the sampler's tests have it."""
+    assert {*MODELS} - {"bigram", "scanned"} <= {*FAMILIES}
 
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])

@@ -156,6 +156,14 @@ def test_bytes_are_those_claimed(kind):
     assert cache_bytes({"layer_0": cache}) == claimed
 
 
+def test_a_cache_too_short_to_quantize_anything_keeps_all_as_it_is():
+    spec, (key, value) = Kivi(bits=4, group=4, residual=8), tokens_of(LENGTH)
+    cache = spec.empty(B, G, 8, K, "float32", None, 0)
+    assert cache.key_codes.shape[2] == 0
+    cache = write(cache, key[:, :, :8], value[:, :, :8], np.broadcast_to(np.arange(8), (B, 8)), np.full(B, 8))
+    np.testing.assert_array_equal(read(cache, 8), (key[:, :, :8], value[:, :, :8]))
+
+
 @pytest.mark.parametrize("kind", [*KINDS, "bfloat16"])
 def test_logits_stay_close_to_those_of_a_dense_cache(kind):
     """A prompt attends to itself as it is; of what is decoded, 8 bits change the logits by 1 % of their spread."""
