@@ -191,22 +191,31 @@ def _advance(model: Model, rules: Rules, state: State, steps: Any, bits: Any, *,
 
 def step(model: Model, rules: Rules, state: State, bits: Any) -> State:
     """Reads the newest token of each row and chooses the next."""
-    history, going_B = state.history, ~state.done
+    history, going = state.history, (~state.done).astype(jnp.int32)
     last_B = jnp.take_along_axis(history.tokens, history.length[:, None] - 1, axis=1)[:, 0]
-    going = going_B.astype(jnp.int32)
     if rules.guidance is not None:
         last_B = jnp.concatenate([last_B, jnp.where(history.generated == 0, rules.negative, last_B)])
         going = jnp.concatenate([going, going])
     read = forward(model, state.cache, last_B[:, None], going[:, None], state.cache["count"][:, None])
-    z_BV = next_logits(model, read.hidden[:, 0])
-
-    # What the trainer computes, and what is drawn from.
-    shaped_BV = z_BV
+    z_BV = shaped_BV = next_logits(model, read.hidden[:, 0])
     if rules.guidance is not None:
         z_BV, negative_BV = jnp.split(z_BV, 2)
         shaped_BV = guide(z_BV, negative_BV, rules.guidance)
     if bits is not None:
         shaped_BV = jnp.where(grammar.unpack(bits, z_BV.shape[1]), shaped_BV, -jnp.inf)
+    return say(rules, state, z_BV, shaped_BV, read.cache)
+
+
+def say(rules: Rules, state: State, z_BV: jax.Array, shaped_BV: jax.Array, cache: Variables) -> State:
+    """Chooses a token of each row, and writes down what it was and what follows from it.
+
+    Args:
+      rules, state: of the rows.
+      z_BV: float32 [B, V], the model's logits: what the trainer computes.
+      shaped_BV: what the processors act on, the same array where it is the same.
+      cache: with the newest token of each row in it.
+    """
+    history, going_B = state.history, ~state.done
     shaped = shaped_BV is not z_BV or bool(rules.processors)
     warm_B = jnp.where(rules.temperature > 0, rules.temperature, 1.0)
     drawn_BV = apply(shaped_BV, history, rules.processors, rules.temperature) if shaped else z_BV
@@ -216,34 +225,27 @@ def step(model: Model, rules: Rules, state: State, bits: Any) -> State:
         uniforms_B2 = row_uniforms(state.keys, history.generated, 2)
         token_B, sampling_B = draw(drawn_BV, uniforms_B2, None if shaped else warm_B)
     if rules.greedy:
-        best_B = likeliest(drawn_BV)
-        greedy_B = rules.temperature == 0
+        best_B, greedy_B = likeliest(drawn_BV), rules.temperature == 0
         token_B = jnp.where(greedy_B, best_B, token_B)
         sampling_B = jnp.where(greedy_B, logprob(drawn_BV, best_B), sampling_B)
     own_B = logprob(z_BV, token_B, warm_B) if shaped else sampling_B
 
-    if shaped:  # only then can there be nothing to say
-        stuck_B = jnp.max(drawn_BV, axis=-1) == -jnp.inf
-    else:
-        stuck_B = jnp.zeros_like(going_B)
+    # Only what is shaped can leave nothing to say.
+    stuck_B = going_B & (jnp.max(drawn_BV, axis=-1) == -jnp.inf) if shaped else jnp.zeros_like(going_B)
     said_B = going_B & ~stuck_B
-    number_B = jnp.where(said_B, history.generated, -1)[:, None]
     ended_B = said_B & jnp.any(token_B[:, None] == rules.eos, axis=1)
-    stuck_B = going_B & stuck_B
     length_B = history.length + said_B
     full_B = length_B - history.prompt_length >= rules.limit
+    number_B1 = jnp.where(said_B, history.generated, -1)[:, None]
+    place_B1 = jnp.where(said_B, history.length, -1)[:, None]
     return State(
         keys=state.keys,
-        history=History(
-            put(history.tokens, token_B[:, None], jnp.where(said_B, history.length, -1)[:, None]),
-            length_B,
-            history.prompt_length,
-        ),
-        logprobs=put(state.logprobs, own_B[:, None], number_B),
-        sampling_logprobs=put(state.sampling_logprobs, sampling_B[:, None], number_B),
+        history=History(put(history.tokens, token_B[:, None], place_B1), length_B, history.prompt_length),
+        logprobs=put(state.logprobs, own_B[:, None], number_B1),
+        sampling_logprobs=put(state.sampling_logprobs, sampling_B[:, None], number_B1),
         done=state.done | ended_B | stuck_B | full_B,
         finish=jnp.where(ended_B, 1, jnp.where(stuck_B, 3, state.finish)),
-        cache=read.cache,
+        cache=cache,
     )
 
 
