@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lmjax.errors import UserError
-from lmjax.generation.decoding import Model, forward, next_logits
+from lmjax.generation.decoding import Model, forward, next_logits, prepare
 from lmjax.generation.drafters import Drafter, Proposer, pick, probabilities
 from lmjax.generation.engine import Rules, State, collect
 from lmjax.generation.processors import History, Processor, apply
@@ -128,9 +128,10 @@ def speculate(
         max_new_tokens=max_new_tokens, temperature=temperature, processors=tuple(processors), eos=eos, samples=samples,
         room=room, cache=TakenBack(cache or Dense(), block), chunk=chunk, mesh=mesh,
     )  # fmt: skip
-    model, rules, state, rows = begin(policy, variables, prompts, key, **options)
-    start = lambda other: begin(other.policy, other, prompts, key, **options)[2].cache
-    proposer, drafts = drafter.bind(model, start)
+    start = lambda model: begin(model.policy, model, prompts, key, **options)
+    model = prepare(policy, variables)
+    proposer, drafts = drafter.bind(model, lambda draft: start(draft)[2].cache)
+    _, rules, state, rows = start(model)
     run = _run(model, proposer, rules, state, drafts, block=block, mesh=mesh)
     found = collect(run.state, rows)
     counts = (run.drafted, run.judged, run.accepted, run.steps)
