@@ -115,12 +115,14 @@ def test_samples_are_those_of_generate_and_share_a_reading(monkeypatch: pytest.M
     assert sum(reads) == 4
 
 
+@pytest.mark.slow
 def test_spread_over_a_mesh(make_test_mesh) -> None:
     policy, variables = _model("windowed")
     found = generate_many(policy, variables, REQUESTS, KEY, slots=4, eos=EOS, mesh=make_test_mesh((2, 1, 2)))
     _check(found, _expected(policy, variables))
 
 
+@pytest.mark.slow
 def test_a_prefix_stands_before_every_prompt() -> None:
     policy, variables = _model("learned")
     rng = np.random.default_rng(2)
@@ -162,6 +164,7 @@ def test_one_compilation_serves_every_workload_of_the_same_bounds() -> None:
         assert others == [1, 1, 2, 1]
 
 
+@pytest.mark.slow
 def test_a_lazy_request_of_a_new_kind_compiles_once_more_unless_it_was_foretold() -> None:
     policy, variables = _model("bigram")
     asked = [Request([1], 3, processors=chain) for chain in ([], [], [top_k(3)], [], [top_k(4)])]

@@ -81,7 +81,7 @@ def _logprobs(policy: lm.Policy, variables: dict, prompts: list, found: Beams) -
 
 
 @pytest.mark.parametrize("kind", ["beam", "diverse"])
-@pytest.mark.parametrize("model", ["llama", "gpt2"])
+@pytest.mark.parametrize("model", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_equals_transformers(model: str, kind: str) -> None:
     policy, variables = load(model)
     for case in found_there(model, kind):
@@ -109,7 +109,7 @@ def test_equals_the_transformers_that_is_installed() -> None:
         np.testing.assert_allclose(np.ravel(found.scores), expected["scores"], rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("eos", [None, 3])
+@pytest.mark.parametrize("eos", [None, pytest.param(3, marks=pytest.mark.slow)])
 def test_as_many_beams_as_prefixes_find_the_best_of_all_sequences(eos: int | None) -> None:
     T = 4
     policy = lm.Policy(lm.models.small(5, **SHAPE))
@@ -128,7 +128,7 @@ def test_as_many_beams_as_prefixes_find_the_best_of_all_sequences(eos: int | Non
     np.testing.assert_allclose(found.scores[0], [totals[sequence] for sequence in best], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["windowed", "bigram"])
+@pytest.mark.parametrize("name", [pytest.param("windowed", marks=pytest.mark.slow), "bigram"])
 def test_one_beam_is_greedy_search(name: str) -> None:
     policy, variables = _model(name)
     free = generate(policy, variables, PROMPTS, jax.random.key(0), max_new_tokens=9, temperature=0.0)
@@ -140,7 +140,7 @@ def test_one_beam_is_greedy_search(name: str) -> None:
     np.testing.assert_allclose(found.logprobs[:, 0], greedy.logprobs, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["scanned", "windowed"])
+@pytest.mark.parametrize("name", [pytest.param("scanned", marks=pytest.mark.slow), "windowed"])
 def test_scores_are_those_of_a_fresh_forward(name: str) -> None:
     policy, variables = _model(name)
     eos, penalty = 7, 0.6
@@ -154,6 +154,7 @@ def test_scores_are_those_of_a_fresh_forward(name: str) -> None:
         assert eos not in row[:-1] and (row[-1] == eos or len(row) == 9)
 
 
+@pytest.mark.slow
 def test_diversity_is_taken_off_scores_and_not_off_logprobs() -> None:
     policy, variables = _model("bigram")
     prompts, options = [[3], [8]], dict(beams=2, groups=2, returned=2, max_new_tokens=1)
@@ -194,6 +195,7 @@ def test_one_compilation_serves_a_bucket_of_lengths_and_all_settings() -> None:
     assert beam._search._cache_size() == before + 1
 
 
+@pytest.mark.slow
 def test_the_loop_ends_with_the_last_row() -> None:
     policy = lm.Policy(lm.models.bigram(vocab_size=4))
     variables = {"params": {"table": 50 * jnp.roll(jnp.eye(4), 1, axis=1)}}  # after n comes n + 1
@@ -229,6 +231,7 @@ def test_processors_see_each_beams_own_history() -> None:
     assert len({tuple(row) for row in rows(found.tokens, found.lengths)}) == 16
 
 
+@pytest.mark.slow
 def test_fewer_sequences_than_asked_for() -> None:
     policy = lm.Policy(lm.models.bigram(vocab_size=2))
     found = beam_search(policy, policy.init(jax.random.key(0)), [[0]], beams=4, returned=4, max_new_tokens=1)
@@ -248,6 +251,7 @@ def test_one_sampled_beam_is_sampling() -> None:
     np.testing.assert_allclose(found.scores, np.sum(found.logprobs, axis=-1) / 2, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_sampled_beams_are_drawn_without_replacement() -> None:
     """Two beams draw four of five tokens and keep the better two: all hangs on the one that is left out."""
     policy = lm.Policy(lm.models.bigram(vocab_size=5))
@@ -285,6 +289,7 @@ def test_sampled_beams_are_distributed_as_in_transformers() -> None:
     assert scipy.stats.chi2_contingency(table).pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_sampled_beams_follow_their_key_and_not_their_neighbours() -> None:
     policy, variables = _model("bigram")
     options: dict[str, Any] = dict(beams=3, returned=3, max_new_tokens=6)
@@ -297,6 +302,7 @@ def test_sampled_beams_follow_their_key_and_not_their_neighbours() -> None:
     np.testing.assert_allclose(found.logprobs, _logprobs(policy, variables, PROMPTS, found), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_prompts_in_chunks_and_variables_on_a_mesh(make_test_mesh: Any) -> None:
     from lmjax.training.state import variables_plan
 

@@ -18,7 +18,7 @@ from lmjax.generation.sampler import generate
 from tests.generation.search_cases import NEW, PROMPTS, found_there, load, rows
 
 
-@pytest.mark.parametrize("model", ["llama", "gpt2"])
+@pytest.mark.parametrize("model", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_equals_transformers(model: str) -> None:
     policy, variables = load(model)
     for case in found_there(model, "contrastive"):
@@ -41,6 +41,7 @@ def _read(policy: lm.Policy, variables: dict, row: list[int]) -> tuple[np.ndarra
     return np.asarray(logp[0, : len(row)], np.float64), np.asarray(hidden[0, : len(row)], np.float64)
 
 
+@pytest.mark.slow
 def test_every_token_is_the_best_by_definition() -> None:
     policy = lm.Policy(lm.models.gemma3(31, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2, max_length=64,
                                         init_std=0.5, window=5, window_pattern=(True, False)))  # fmt: skip
@@ -63,7 +64,7 @@ def test_every_token_is_the_best_by_definition() -> None:
             row.append(token)
 
 
-@pytest.mark.parametrize("options", [{"alpha": 0.0}, {"k": 1}])
+@pytest.mark.parametrize("options", [{"alpha": 0.0}, pytest.param({"k": 1}, marks=pytest.mark.slow)])
 def test_without_contrast_it_is_greedy_search(options: dict) -> None:
     policy, variables = load("gpt2")
     options = options | {"max_new_tokens": NEW, "eos": 5}
@@ -87,6 +88,7 @@ def test_a_row_does_not_depend_on_its_place_or_its_neighbours() -> None:
     assert np.any(changed.tokens[1] != found.tokens[1])
 
 
+@pytest.mark.slow
 def test_one_compilation_serves_a_bucket_of_lengths_and_all_settings() -> None:
     policy, variables = load("gpt2")
     before = contrastive._search._cache_size()
@@ -97,6 +99,7 @@ def test_one_compilation_serves_a_bucket_of_lengths_and_all_settings() -> None:
     assert contrastive._search._cache_size() == before + 1
 
 
+@pytest.mark.slow
 def test_processors_see_the_history_and_forbid() -> None:
     """With fewer tokens allowed than there are candidates, only those are taken, and a row without any ends."""
     policy = lm.Policy(lm.models.bigram(vocab_size=6, init_std=1.0))

@@ -21,7 +21,7 @@ from tests.generation.search_cases import NEW, PROMPTS, contrasted_logits, found
 SHAPE = dict(num_layers=4, embed_dim=32, num_heads=4, num_kv_heads=2, max_length=64, init_std=0.5)
 
 
-@pytest.mark.parametrize("model", ["llama_deep", "gpt2_deep"])
+@pytest.mark.parametrize("model", ["llama_deep", pytest.param("gpt2_deep", marks=pytest.mark.slow)])
 def test_equals_transformers(model: str) -> None:
     policy, variables = load(model)
     for case in found_there(model, "dola"):
@@ -111,6 +111,7 @@ def test_logprobs_are_the_trainers_and_tokens_the_largest_contrasts(divergence: 
         np.testing.assert_allclose(found.sampling_logprobs[:, n], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_samples_follow_the_contrast_at_the_temperature() -> None:
     policy = lm.Policy(lm.models.llama(31, **SHAPE, layers="scanned"))
     variables = policy.init(jax.random.key(0))
@@ -131,6 +132,7 @@ def test_samples_follow_the_contrast_at_the_temperature() -> None:
     assert scipy.stats.chisquare(counts, expected).pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_a_row_does_not_depend_on_its_place_or_its_neighbours() -> None:
     policy, variables = load("gpt2_deep")
     options: dict[str, Any] = dict(layers=[0, 1, 3], max_new_tokens=NEW, eos=[5, 12])

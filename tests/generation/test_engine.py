@@ -68,7 +68,7 @@ def test_samples_share_a_prefill_and_are_those_of_repeated_prompts() -> None:
     assert np.any(np.asarray(shared.tokens[0]) != np.asarray(shared.tokens[1]))
 
 
-@pytest.mark.parametrize("name", ["learned", "windowed"])
+@pytest.mark.parametrize("name", [pytest.param("learned", marks=pytest.mark.slow), "windowed"])
 def test_prompts_read_in_chunks_give_the_same(name: str) -> None:
     policy, variables = _model(name)
     whole = generate(policy, variables, PROMPTS, KEY, max_new_tokens=N)
@@ -185,7 +185,15 @@ def test_each_row_has_its_own_length_and_any_of_several_eos() -> None:
         assert FINISH[int(found.finish[b])] == ("eos" if first < N or free[b, -1] in ends else "length")
 
 
-@pytest.mark.parametrize("spec", [Int8(), Kivi(bits=4, group=8, residual=4), Dense("bfloat16")], ids=str)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Kivi(bits=4, group=8, residual=4),
+        pytest.param(Int8(), marks=pytest.mark.slow),
+        pytest.param(Dense("bfloat16"), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_generates_through_other_caches(spec) -> None:
     policy, variables = _model("unrolled")
     found = generate(policy, variables, PROMPTS, KEY, max_new_tokens=N, cache=spec)
@@ -196,7 +204,7 @@ def test_generates_through_other_caches(spec) -> None:
     assert np.abs(np.asarray(found.logprobs) - expected).max() < 0.5
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2)], ids=str)
 def test_rows_spread_over_devices_are_the_same(shape, make_test_mesh) -> None:
     from lmjax.training.state import variables_plan
 

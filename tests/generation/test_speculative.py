@@ -84,10 +84,10 @@ def _of_tokens(z: np.ndarray, tokens: Any) -> np.ndarray:
 @pytest.mark.parametrize(
     ("target", "drafter"),
     [
-        ("rope", "whole"),
+        pytest.param("rope", "whole", marks=pytest.mark.slow),
         ("rope", "prompt_lookup"),
-        ("scanned", "early_exit"),
-        ("learned", "draft_model"),
+        pytest.param("scanned", "early_exit", marks=pytest.mark.slow),
+        pytest.param("learned", "draft_model", marks=pytest.mark.slow),
         ("windowed", "draft_model"),
     ],
 )
@@ -106,7 +106,11 @@ def test_greedy_is_the_samplers(target: str, drafter: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "drafter"), [("rope", "draft_model"), ("learned", "prompt_lookup"), ("windowed", "early_exit")]
+    ("target", "drafter"), [
+        pytest.param("rope", "draft_model", marks=pytest.mark.slow),
+        pytest.param("learned", "prompt_lookup", marks=pytest.mark.slow),
+        ("windowed", "early_exit"),
+    ],
 )
 def test_logprobs_are_the_trainers(target: str, drafter: str) -> None:
     temperature = np.array([0.7, 1.3, 0.0])  # the last row takes the likeliest, and its log-probabilities are at 1
@@ -148,6 +152,7 @@ def test_rows_end_at_every_place_of_a_block() -> None:
     assert not np.any(np.asarray(found.tokens) * (np.arange(12) >= np.array(limits)[:, None]))
 
 
+@pytest.mark.slow
 def test_an_end_changes_nothing_before_it() -> None:
     free = _speculate("rope", "draft_model")
     for eos in {int(free.tokens[0, 1]), int(free.tokens[0, 6])}:
@@ -165,6 +170,7 @@ def _up_to_four(z_BV: jax.Array, history: History) -> jax.Array:
     return jnp.where((history.generated >= 4)[:, None], -jnp.inf, z_BV)
 
 
+@pytest.mark.slow
 def test_a_row_with_nothing_left_to_say_ends() -> None:
     found = speculate(
         *_counting(16), [[0], [5]], jax.random.key(0), drafter=draft_model(*_counting(16)), max_new_tokens=9, block=3,
@@ -214,6 +220,7 @@ def test_caches_after_rollback_are_those_of_a_fresh_prefill() -> None:
     np.testing.assert_allclose(proposed[0].probs, proposed[1].probs, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_quantized_cache_serves() -> None:
     found = _speculate("rope", "prompt_lookup", cache=Int8())
     z = _trainer("rope", PROMPTS, found.tokens)
@@ -237,6 +244,7 @@ def test_an_early_exit_takes_no_parameters_of_its_own() -> None:
     assert own == shared and proposer.model.policy.config.num_layers == 1
 
 
+@pytest.mark.slow
 def test_rows_spread_over_a_mesh(make_test_mesh: Any) -> None:
     expected = _speculate("rope", "draft_model")
     found = _speculate("rope", "draft_model", mesh=make_test_mesh((2, 1, 1)))

@@ -181,8 +181,14 @@ def _branches(drafter: Any, prefixes: list[tuple[int, ...]], options: dict) -> d
     return found
 
 
-@pytest.mark.parametrize("chain", CHAINS)
-@pytest.mark.parametrize("name", ["draft_model", "early_exit", "prompt_lookup"])
+@pytest.mark.parametrize(
+    ("name", "chain"),
+    [
+        pytest.param(name, chain, marks=() if chain == "processed" or name == "draft_model" else pytest.mark.slow)
+        for name in ("draft_model", "early_exit", "prompt_lookup")
+        for chain in CHAINS
+    ],
+)
 def test_every_output_has_the_targets_probability(name: str, chain: str, double: None) -> None:
     options = CHAINS[chain]
     mass: dict[tuple[int, ...], float] = {(): 1.0}
@@ -224,7 +230,7 @@ def _sample(target: np.ndarray, draft: np.ndarray, **options: Any) -> speculativ
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("chain", ["plain", "processed"])
+@pytest.mark.parametrize("chain", [pytest.param("plain", marks=pytest.mark.slow), "processed"])
 def test_the_loop_draws_from_the_target(chain: str) -> None:
     target = sum(np.asarray(table) for table in _target()[1]["params"].values())
     found = _sample(target, _tables(1), eos=EOS, block=K, **CHAINS[chain])
@@ -245,7 +251,7 @@ def test_the_loop_draws_from_the_target(chain: str) -> None:
     assert distance < np.sqrt(len(hoped) / total)
 
 
-@pytest.mark.parametrize("block", [1, 4])
+@pytest.mark.parametrize("block", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_acceptance_rate_is_the_overlap(block: int) -> None:
     softmax = lambda z: np.exp(z) / np.exp(z).sum(axis=-1, keepdims=True)
     target, draft = _tables(2, same_rows=True), _tables(3, same_rows=True)
