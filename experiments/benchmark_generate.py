@@ -80,13 +80,12 @@ def lmjax_side(batch: int, folder: str) -> tuple[Callable[[], Any], Callable[[],
     config, variables = lm.interop.load_huggingface(Path(folder))
     policy = lm.Policy(config)
     rows = list(prompts(batch))
+    model = lm.generation.prepare(policy, variables, rows=batch)  # once, as the peer's weights are laid out once
     seeds = iter(range(10**6))
 
     def run(temperature: float) -> Any:
         key = jax.random.key(next(seeds))
-        found = lm.generation.generate(
-            policy, variables, rows, key, max_new_tokens=NEW, temperature=temperature
-        )
+        found = lm.generation.generate(policy, model, rows, key, max_new_tokens=NEW, temperature=temperature)
         return jax.block_until_ready(found)
 
     greedy = run(0.0)
