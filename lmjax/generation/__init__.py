@@ -32,10 +32,11 @@ __getattr__, __dir__, __all__ = attach(
         "decoding": ["prepare"],
         "grammars": ["json_schema", "json_object", "regex", "lark"],
         "constraints": ["from_callable"],
-        "processors": (
-            "custom guide sequence_bias logit_bias repetition_penalty frequency_penalty presence_penalty "
-            "no_repeat_ngram bad_words min_length min_new_tokens forced clean exponential_length_penalty suppress "
-            "suppress_at_start top_k top_p min_p typical epsilon eta"
-        ).split(),
+        "processors": [
+            "custom", "guide", "sequence_bias", "logit_bias", "repetition_penalty", "frequency_penalty",
+            "presence_penalty", "no_repeat_ngram", "bad_words", "min_length", "min_new_tokens", "forced", "clean",
+            "exponential_length_penalty", "suppress", "suppress_at_start", "top_k", "top_p", "min_p", "typical",
+            "epsilon", "eta",
+        ],
     },
 )
