@@ -96,7 +96,7 @@ def _definition(
     return np.asarray(final_BV), np.asarray(contrast(final_BV, early_CBV, divergence=divergence))
 
 
-@pytest.mark.parametrize("divergence", ["published", "js"])
+@pytest.mark.parametrize("divergence", [pytest.param("published", marks=pytest.mark.slow), "js"])
 def test_logprobs_are_the_trainers_and_tokens_the_largest_contrasts(divergence: Any) -> None:
     policy = lm.Policy(lm.models.llama(31, **SHAPE))
     variables = policy.init(jax.random.key(0))

@@ -45,13 +45,15 @@ def test_sampling_logprobs_are_those_of_the_distribution_drawn_from() -> None:
         policy, variables, PROMPTS, KEY, max_new_tokens=N, temperature=temperature, processors=chain
     )
     arranged = per_row(check(chain, V, N), 3)
+    shape = jax.jit(lambda z, history, temperature: apply(z, history, arranged, temperature))
     tokens = np.asarray(found.tokens)
     _, logits = _trainer(policy, variables, PROMPTS, found)
     for b, prompt in enumerate(PROMPTS):
         for n in range(N):
-            said = np.array([[*prompt, *tokens[b, :n], 0]] * 3, np.int32)
+            said = np.zeros((3, 32), np.int32)
+            said[:, : len(prompt) + n] = [*prompt, *tokens[b, :n]]
             history = History(said, np.full(3, len(prompt) + n), np.full(3, len(prompt)))
-            z = apply(jnp.array([logits[b, n]] * 3), history, arranged, jnp.full(3, temperature[b]))
+            z = shape(jnp.array([logits[b, n]] * 3), history, jnp.full(3, temperature[b]))
             expected = jax.nn.log_softmax(z[0])[tokens[b, n]]
             np.testing.assert_allclose(found.sampling_logprobs[b, n], expected, atol=2e-5)
     warm = np.where(temperature > 0, temperature, 1.0)
