@@ -17,10 +17,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lmjax.errors import UserError
-from lmjax.generation.decoding import Model, check_prompts, prepare
+from lmjax.generation.decoding import Model, bucket, check_prompts, prepare
 from lmjax.generation.engine import Generation, Rules
 from lmjax.generation.processors import Processor, check, stack
-from lmjax.generation.slots import IDLE, Job, Slots, bucket, job_rules
+from lmjax.generation.slots import IDLE, Job, Slots, job_rules
 from lmjax.models.decoder import Variables
 from lmjax.modules.cache import CacheSpec, Dense
 from lmjax.policy import Policy

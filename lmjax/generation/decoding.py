@@ -159,13 +159,18 @@ def pad_prompts(policy: Policy, prompts: Sequence[Any], new_tokens: int) -> Prom
     """
     rows = check_prompts(policy, prompts, new_tokens)
     lengths = np.array([len(row) for row in rows], np.int32)
-    P = max(SHORTEST_BUCKET, 1 << (int(lengths.max()) - 1).bit_length())
+    P = bucket(int(lengths.max()))
     tokens, segments, positions = np.zeros((3, len(rows), P), np.int32)
     for b, row in enumerate(rows):
         tokens[b, P - len(row) :] = row
         segments[b, P - len(row) :] = 1
         positions[b, P - len(row) :] = np.arange(len(row))
     return Prompts(tokens, segments, positions, lengths)
+
+
+def bucket(length: int) -> int:
+    """Tokens that a prompt is padded to: a power of two, so that few shapes compile."""
+    return max(SHORTEST_BUCKET, 1 << (length - 1).bit_length())
 
 
 def check_prompts(policy: Policy, prompts: Sequence[Any], new_tokens: int) -> list[np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
@@ -90,7 +91,7 @@ class Ban(NamedTuple):
     end: np.ndarray
 
 
-class Processor:
+class Processor(abc.ABC):
     """A map of logits. Subclasses are frozen dataclasses with an `order`, a `name` and a `process`.
 
     >>> @dataclasses.dataclass(frozen=True, eq=False)
@@ -120,9 +121,9 @@ class Processor:
         """The logits float32 [B, V] after this processor; -inf rules a token out."""
         return self.per_row(z_BV.shape[0]).process(z_BV, history)
 
+    @abc.abstractmethod
     def process(self, z_BV: jax.Array, history: History) -> jax.Array:
         """The rule, with every parameter's leading axis B in place."""
-        raise NotImplementedError(f"{type(self).__name__} has no rule; define process(self, z_BV, history).")
 
     def per_row(self, batch_size: int) -> Any:
         """The same with one value a row of every parameter."""

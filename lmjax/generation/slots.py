@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lmjax.generation import engine
-from lmjax.generation.decoding import SHORTEST_BUCKET, Model, pad_prompts
+from lmjax.generation.decoding import Model, bucket, pad_prompts
 from lmjax.generation.engine import Generation, Rules, State, collect
 from lmjax.generation.processors import History, Processor, stack
 from lmjax.modules.cache import CacheSpec
@@ -44,11 +44,6 @@ class Look(NamedTuple):
     done: Any
     steps: Any
     used: Any
-
-
-def bucket(length: int) -> int:
-    """Tokens that a prompt is padded to, as by `pad_prompts`."""
-    return max(SHORTEST_BUCKET, 1 << (length - 1).bit_length())
 
 
 def job_rules(template: Rules, jobs: Sequence[Job]) -> tuple[Rules, Rules]:
