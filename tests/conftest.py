@@ -6,6 +6,7 @@ The settings are environment variables, set before jax is imported, so that subp
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import os
 import platform
 import sys
@@ -39,9 +40,16 @@ def _set_environment() -> None:
     os.environ["JAX_ENABLE_X64"] = "0"
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_force_host_platform_device_count" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={DEVICES}".strip()
-    version = ".".join(map(str, sys.version_info[:2]))
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / f"jax-{version}-{_cpu()}"))
+        flags += f" --xla_force_host_platform_device_count={DEVICES}"
+    # Three quarters of the suite's time would be LLVM at work on programs that run for a millisecond.
+    # JAX_DISABLE_MOST_OPTIMIZATIONS=0 runs the tests as users compile.
+    if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
+        version = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2]))
+        if version < (0, 11) and "xla_cpu_use_fusion_emitters" not in flags:  # later ones lack the flag
+            flags += " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = flags.strip()
+    python = ".".join(map(str, sys.version_info[:2]))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / f"jax-{python}-{_cpu()}"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
     os.environ.setdefault("MPLBACKEND", "Agg")
