@@ -151,7 +151,7 @@ class Int8Cache:
         )
 
     def read(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-        codes, scales = self.codes.read(jnp.float32), self.scales.read(jnp.float32)
+        codes, scales = self.codes.read(f32 := jnp.dtype("float32")), self.scales.read(f32)
         return (codes[0] * scales[0]).astype(dtype), (codes[1] * scales[1]).astype(dtype)
 
     def slots(self, count: jax.Array) -> jax.Array:
