@@ -108,7 +108,7 @@ def test_logprobs_are_the_trainers_and_tokens_the_largest_contrasts(divergence: 
         at = lambda x_BV, n=n: np.take_along_axis(x_BV, np.asarray(found.tokens[:, n : n + 1]), axis=1)[:, 0]
         np.testing.assert_allclose(found.logprobs[:, n], at(scipy.special.log_softmax(z_BV, axis=-1)), atol=1e-5)
         expected = at(scipy.special.log_softmax(contrast_BV, axis=-1))
-        np.testing.assert_allclose(found.sampling_logprobs[:, n], expected, atol=1e-5)
+        np.testing.assert_allclose(found.sampling_logprobs[:, n], expected, atol=3e-5)
 
 
 @pytest.mark.slow
