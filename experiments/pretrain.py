@@ -74,11 +74,8 @@ def run(config: PretrainConfig, options: command_line.Options) -> int:
     )
 
     # What is measured and shown along the way: always of the moving average, where there is one.
-    def weights(state: Any) -> Any:
-        return state.variables | (state.ema or {})
-
     def score(state: Any, batches: Any) -> dict[str, float]:
-        return lm.evaluation.evaluate_batches(policy, weights(state), batches, mesh=mesh).metrics()
+        return lm.evaluation.evaluate_batches(policy, state.averaged, batches, mesh=mesh).metrics()
 
     prompt = None
     if config.sample_tokens:
@@ -87,7 +84,7 @@ def run(config: PretrainConfig, options: command_line.Options) -> int:
     def sample(state: Any) -> str:
         found = lm.generation.generate(
             policy,
-            weights(state),
+            state.averaged,
             [prompt],
             jax.random.fold_in(jax.random.key(config.seed), state.step),
             max_new_tokens=config.sample_tokens,

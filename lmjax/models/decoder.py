@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from lmjax.errors import UserError
 from lmjax.losses.logits import Head
-from lmjax.models import layout
+from lmjax.models import adapted, layout
 from lmjax.modules.attention import Context, Write, attention_mask
 from lmjax.modules.block import Block, norm_like
 from lmjax.modules.cache import CacheSpec, Dense, LayerCache, put
@@ -127,6 +127,37 @@ class Decoder:
             cache[layout.STACKED] = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), cache[layout.STACKED])
         return cache
 
+    def prefix_of(self, variables: Variables, x_BPD: jax.Array) -> Variables:
+        """The keys and values that B sequences of P embeddings leave in each layer, as a "prefix" collection.
+
+        All P are kept and seen in layers with a sliding window too.
+
+        Args:
+          variables: without prefix or cache.
+          x_BPD: rows as they come out of the embedding table; without B, the prefix is for every row.
+        """
+        x_PD, rows = x_BPD, x_BPD[None] if x_BPD.ndim == 2 else x_BPD
+        B, P, D = rows.shape
+        self._check_length(P)
+        positions = jnp.broadcast_to(jnp.arange(P), (B, P))
+        cache = self.init_cache(B, P, slack=P)
+        contexts, cache = self._write(cache, jnp.ones_like(positions), positions)
+        x_ND = self._embed(variables, rows, positions).reshape(B * P, D)
+        _, caches, _ = self._layers(variables, cache, x_ND, contexts, None, ())
+
+        def leaf(x: jax.Array) -> jax.Array:
+            x = x if x_PD.ndim == 3 else x[0]
+            return jnp.moveaxis(x, 1, 0) if self.config.scanned and x_PD.ndim == 3 else x
+
+        return {
+            name: {"attention": {"keys": leaf(layer.key), "values": leaf(layer.value)}}
+            for name, layer in caches.items()
+        }
+
+    def resolve(self, variables: Variables) -> Variables:
+        """The variables as the layers read them, with what is worked out from others (`models.adapted`)."""
+        return adapted.resolve(self, variables)
+
     def apply(
         self,
         variables: Variables,
@@ -146,21 +177,20 @@ class Decoder:
           UserError: dropout without an `rng`, or more tokens than learned positions.
         """
         config = self.config
-        self._check_length(tokens_BT.shape[1])
-        dropping = train and config.dropout > 0
+        dropping = train and (config.dropout > 0 or adapted.has_dropout(variables))
         if dropping and rng is None:
             raise UserError("this model has dropout: training needs an rng; pass policy(..., rng=key, train=True).")
+        variables = self.resolve(variables)
         params = variables["params"]
         cache = variables.get("cache")
+        length, offset = adapted.prefix_length(variables)
+        self._check_length(length + tokens_BT.shape[1])
+        positions_BT = positions_BT + offset
         table_VD = constrain(params["embed"]["embedding"], ("vocab", None))
-        x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(jnp.dtype(config.dtype))
-        if config.embed_scale != 1.0:
-            x_BTD = x_BTD * jnp.asarray(config.embed_scale, x_BTD.dtype)
-        if config.position == "learned":
-            x_BTD = x_BTD + jnp.take(params["position"]["embedding"], positions_BT, axis=0).astype(x_BTD.dtype)
+        x_BTD = self._embed(variables, jnp.take(table_VD, tokens_BT, axis=0), positions_BT)
         B, T, D = x_BTD.shape
         x_ND = constrain(x_BTD.reshape(B * T, D), ("batch", None))
-        if dropping:
+        if dropping and config.dropout > 0:
             keep = jax.random.bernoulli(jax.random.fold_in(rng, config.num_layers), 1 - config.dropout, x_ND.shape)
             x_ND = jnp.where(keep, x_ND / (1 - config.dropout), 0).astype(x_ND.dtype)
 
@@ -179,6 +209,7 @@ class Decoder:
     def head(self, variables: Variables) -> Head:
         """The map from hidden states to logits."""
         config = self.config
+        variables = adapted.add_delta(variables)
         weight = variables["params"]["embed" if config.tied_embeddings else "head"]["embedding"]
         weight = constrain(weight, ("vocab", None))  # whole rows: logits are sums over the width
         return Head(weight, None, config.logit_softcap, config.logit_scale, jnp.dtype(config.dtype))
@@ -190,9 +221,11 @@ class Decoder:
             names = [entry.key for entry in path[1:]]
             stacked = layout.STACKED in names
             short = "/".join(n for n in names if n != layout.STACKED and not re.fullmatch(r"layer_\d+", n))
-            for pattern, found in LOGICAL_AXES:
-                if re.fullmatch(pattern, short):
-                    return ("layers", *found) if stacked else found
+            found = adapted.logical_axes(path[0].key, short, leaf.ndim - stacked, LOGICAL_AXES)
+            if found is None:
+                found = next((axes for pattern, axes in LOGICAL_AXES if re.fullmatch(pattern, short)), None)
+            if found is not None:
+                return ("layers", *found) if stacked else found
             raise UserError(f"no rule names the axes of {'/'.join(names)} {leaf.shape}; add it to LOGICAL_AXES.")
 
         return jax.tree_util.tree_map_with_path(axes, variables)
@@ -208,6 +241,17 @@ class Decoder:
                 f"a sequence of {length} tokens does not fit {self.config.max_length} learned positions; "
                 "shorten it or raise max_length."
             )
+
+    def _embed(self, variables: Variables, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """What the first layer gets for rows out of the embedding table."""
+        config = self.config
+        x_BTD = x_BTD.astype(jnp.dtype(config.dtype))
+        if config.embed_scale != 1.0:
+            x_BTD = x_BTD * jnp.asarray(config.embed_scale, x_BTD.dtype)
+        if config.position == "learned":
+            table_TD = variables["params"]["position"]["embedding"]
+            x_BTD = x_BTD + jnp.take(table_TD, positions_BT, axis=0).astype(x_BTD.dtype)
+        return x_BTD
 
     def _final_norm(self) -> Any:
         return norm_like(self.config, None)  # type: ignore[arg-type]

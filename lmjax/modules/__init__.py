@@ -4,7 +4,7 @@ from lmjax._lazy import attach
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
-    submodules=("attention", "block", "config", "dense", "mlp", "norms", "positions"),
+    submodules=("adapted", "attention", "block", "config", "dense", "mlp", "norms", "positions", "quantized"),
     names={
         "attention": ["Attention", "attention_mask"],
         "block": ["Block"],

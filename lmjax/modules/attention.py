@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lmjax.errors import UserError
+from lmjax.modules.adapted import Prefix, attention_prefix
 from lmjax.modules.cache import LayerCache
 from lmjax.modules.config import DecoderConfig
 from lmjax.modules.dense import Dense
@@ -97,6 +98,7 @@ def attend(
     scale: float,
     softcap: float | None = None,
     index_causal: bool = False,
+    prefix: Prefix | None = None,
 ) -> jax.Array:
     """Softmax attention in plain XLA. [B, T, H, K] queries, [B, G, S, K] keys and values -> [B, T, H, K].
 
@@ -109,6 +111,7 @@ def attend(
       scale: multiplies the queries.
       softcap: scores pass through `c tanh(x / c)`.
       index_causal: T == S and no query sees a key that stands behind it, so work above the diagonal may be left out.
+      prefix: keys and values that every query sees besides.
     """
     B, T, H, K = query.shape
     G = key.shape[1]
@@ -119,12 +122,21 @@ def attend(
         seen = stop if index_causal else key.shape[2]
         # The heads of a group are rows of one product. Four dimensions all along: a fifth costs half as much again.
         part = query[:, :, :, start:stop].reshape(B, G, -1, K)
-        scores = _batched(part, key[:, :, :seen], 3, 3)
-        if softcap is not None:
-            scores = softcap * jnp.tanh(scores / softcap)
+        soft = lambda scores: scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+        scores = soft(_batched(part, key[:, :, :seen], 3, 3))
         scores = scores + jnp.tile(bias[:, :, start:stop, :seen], (1, 1, H // G if T > 1 else 1, 1))
+        if prefix is not None:
+            # Scores are put side by side, not keys: those of a cache would be copied for every token.
+            before = soft(_grouped(part, prefix.keys.astype(part.dtype), "bgmk,gpk->bgmp"))
+            if prefix.visible is not None:
+                before = jnp.where(prefix.visible[:, None, None, :], before, -jnp.inf)
+            scores = jnp.concatenate([before, scores], axis=-1)
         weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-        return _batched(weights, value[:, :, :seen], 3, 2).reshape(B, G, H // G, stop - start, K)
+        extra = 0 if prefix is None else prefix.keys.shape[-2]
+        out = _batched(weights[..., extra:], value[:, :, :seen], 3, 2)
+        if prefix is not None:
+            out = out + _grouped(weights[..., :extra], prefix.values.astype(weights.dtype), "bgmp,gpk->bgmk")
+        return out.reshape(B, G, H // G, stop - start, K)
 
     count = max(1, min(4, T // 64)) if index_causal else 1
     edges = [T * i // count for i in range(count + 1)]
@@ -137,6 +149,13 @@ def _batched(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
     return jax.lax.dot_general(
         a, b, (((axis_a,), (axis_b,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32
     )
+
+
+def _grouped(a: jax.Array, b: jax.Array, dimensions: str) -> jax.Array:
+    """A product with keys or values of a prefix, of all rows or of each; float32."""
+    if b.ndim == 4:
+        dimensions = dimensions.replace(",g", ",bg")
+    return jnp.einsum(dimensions, a, b, preferred_element_type=jnp.float32)
 
 
 class Attention(nn.Module):
@@ -188,10 +207,11 @@ class Attention(nn.Module):
         config = self.config
         scale = config.head_width**-0.5 if config.query_scale is None else config.query_scale
         kernel, _ = implementation(config, jax.default_backend())
-        if kernel == "cudnn" and not cached:
+        prefix = attention_prefix(self)
+        if kernel == "cudnn" and not cached and prefix is None:
             core: Any = functools.partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
             return core(query, key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3), mask=mask)
         core = functools.partial(attend, scale=scale, softcap=config.attention_softcap, index_causal=not cached)
         if config.remat == "attention":
             core = jax.checkpoint(core)
-        return core(query, key, value, mask)
+        return core(query, key, value, mask, prefix=prefix)

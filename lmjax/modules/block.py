@@ -7,6 +7,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 
+from lmjax.modules import adapted
 from lmjax.modules.attention import Attention, Context
 from lmjax.modules.cache import LayerCache
 from lmjax.modules.config import DecoderConfig
@@ -44,9 +45,9 @@ class Block(nn.Module):
         self, name: str, sublayer: Callable[[jax.Array], jax.Array], x_ND: jax.Array, dropout: nn.Module
     ) -> jax.Array:
         norm, place = norm_like(self.config, f"{name}_norm"), self.config.norm_position
-        if place == "post":
-            return norm(x_ND + dropout(sublayer(x_ND)))
-        y_ND = sublayer(norm(x_ND))
+        z_ND = x_ND if place == "post" else norm(x_ND)
+        y_ND = sublayer(z_ND)
         if place == "sandwich":
             y_ND = norm_like(self.config, f"{name}_post_norm")(y_ND)
-        return x_ND + dropout(y_ND)
+        sum_ND = x_ND + dropout(adapted.bottleneck(self, name, z_ND, y_ND, x_ND))
+        return norm(sum_ND) if place == "post" else sum_ND

@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lmjax.modules import adapted, quantized
+
 
 class Dense(nn.Module):
     """`x @ kernel + bias` on flattened activations [N, in] -> [N, out].
@@ -28,10 +30,13 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x_ND: jax.Array) -> jax.Array:
         dtype = jnp.dtype(self.dtype)
-        kernel = self.param(
-            "kernel", nn.initializers.normal(self.init_std), (x_ND.shape[-1], self.features), jnp.float32
-        )
-        y = x_ND.astype(dtype) @ kernel.astype(dtype)
+        x_ND = adapted.scaled(self, "input", x_ND.astype(dtype))
+        weight = quantized.weight(self)
+        if weight is None:
+            initial = nn.initializers.normal(self.init_std)
+            weight = self.param("kernel", initial, (x_ND.shape[-1], self.features), jnp.float32).astype(dtype)
+        product = lambda x: quantized.multiply(x.astype(dtype), weight)
+        y = adapted.low_rank(self, x_ND, product(x_ND), product)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(dtype)
-        return y
+        return adapted.scaled(self, "output", y)

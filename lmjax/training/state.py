@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 
 from lmjax.errors import UserError
 from lmjax.models.decoder import Variables
+from lmjax.modules.adapted import CONSTANT
 from lmjax.policy import Policy
 from lmjax.sharding.mesh import replicated
 from lmjax.sharding.planning import Plan, plan
@@ -28,10 +30,10 @@ class TrainState:
     Attributes:
       step: int32 [], the number of batches consumed, those whose update was skipped too.
       variables: every collection of the policy.
-      opt_state: the optimizer's state over the trainable collections.
+      opt_state: the optimizer's state over the trainable leaves.
       rng: uint32 key data; the key of a step is this folded with the step, so nothing about randomness needs
         carrying.
-      ema: exponential moving average of the trainable collections, or None.
+      ema: exponential moving average of the trainable leaves, or None.
     """
 
     step: Any
@@ -40,18 +42,55 @@ class TrainState:
     rng: Any
     ema: Variables | None = None
 
+    @property
+    def averaged(self) -> Variables:
+        """The variables with the moving average where one is kept."""
+        return overlay(self.variables, self.ema)
+
 
 def trainable_part(variables: Variables, trainable: Sequence[str]) -> Variables:
-    """The collections that are trained.
+    """The leaves that are trained, in dicts like those of the variables.
+
+    Args:
+      variables: arrays, shapes, or whatever else lies at their leaves.
+      trainable: names of collections, or patterns of paths: "params/*/bias", "params/layer_1[0-1]/*". What lies under
+        "constant" is never trained.
 
     Raises:
-      UserError: one of them is not there.
+      UserError: one of them names nothing that could be trained.
+
+    >>> variables = {"params": {"mlp": {"kernel": 1.0, "bias": 2.0}}, "lora": {"mlp": {"a": 3.0, "constant": 4.0}}}
+    >>> trainable_part(variables, ("params/*/bias", "lora"))
+    {'params': {'mlp': {'bias': 2.0}}, 'lora': {'mlp': {'a': 3.0}}}
     """
-    if missing := [name for name in trainable if name not in variables]:
+    used: set[str] = set()
+
+    def part(tree: Any, path: str) -> Any:
+        if not isinstance(tree, dict):
+            matching = {p for p in trainable if fnmatch.fnmatchcase(path, p) or path.startswith(f"{p}/")}
+            used.update(matching)
+            return tree if matching else None
+        below = {
+            name: part(sub, f"{path}/{name}" if path else name) for name, sub in tree.items() if name != CONSTANT
+        }
+        return {name: sub for name, sub in below.items() if sub is not None} or None
+
+    found = part(variables, "") or {}
+    if missing := [pattern for pattern in trainable if pattern not in used]:
         raise UserError(
-            f"there is no collection {missing[0]!r} to train; the variables hold {', '.join(variables)}."
+            f"there is nothing to train under {missing[0]!r}; the variables hold {', '.join(variables)}."
         )
-    return {name: variables[name] for name in trainable}
+    return found
+
+
+def overlay(variables: Variables, part: Variables | None) -> Variables:
+    """The variables with the leaves of a part of them in place of their own."""
+    if not part:
+        return variables
+    return {
+        name: overlay(tree, part[name]) if isinstance(tree, dict) and name in part else part.get(name, tree)
+        for name, tree in variables.items()
+    }
 
 
 def new_state(
@@ -88,7 +127,7 @@ def init_state(
       optimizer: any optax transformation.
       key: seeds the parameters and the run.
       mesh, rules: where arrays lie; None: on the default device.
-      trainable: collections that are trained.
+      trainable: collections that are trained, or patterns of leaves. See `trainable_part`.
       ema: whether a moving average is kept.
       variables: start from these (a loaded checkpoint) instead of fresh ones.
     """
@@ -122,8 +161,7 @@ def state_shardings(
 ) -> TrainState:
     """The sharding of every leaf of a state."""
     variables = variables_plan(policy, shapes.variables, mesh, rules).shardings
-    part = {name: shapes.variables[name] for name in trainable}
-    part_shardings = {name: variables[name] for name in trainable}
+    part, part_shardings = (trainable_part(tree, trainable) for tree in (shapes.variables, variables))
     return TrainState(
         step=replicated(mesh),
         variables=variables,

@@ -20,7 +20,7 @@ from lmjax.policy import Policy
 from lmjax.sharding.context import tracing_for
 from lmjax.sharding.mesh import batch_sharding, check_batch_size, replicated, shard_batch
 from lmjax.sharding.rules import DEFAULT_RULES, Rules
-from lmjax.training.state import TrainState, state_shardings, trainable_part
+from lmjax.training.state import TrainState, overlay, state_shardings, trainable_part
 
 Metrics = dict[str, jax.Array]
 
@@ -48,7 +48,8 @@ def make_step(
       policy: the model that is trained.
       objective: a sum of terms.
       optimizer: any optax transformation over the trainable collections.
-      trainable: collections that get gradients; no gradient of another is ever computed.
+      trainable: collections that get gradients, or patterns of leaves (`training.state.trainable_part`); no gradient of
+        another is ever computed.
       roles: the objective's other models by name: variables, a function of the policy's variables, or a
         `Role`.
       mesh, rules: the devices, and which logical axis goes over which of their axes.
@@ -82,7 +83,7 @@ def make_step(
             result = evaluate(
                 objective,
                 policy,
-                state.variables | part,
+                overlay(state.variables, part),
                 batches,
                 roles=roles,
                 step=state.step,
@@ -129,7 +130,7 @@ def make_step(
             finite, update, lambda old: old, (part, state.opt_state, state.ema)
         )
         new_state = dataclasses.replace(
-            state, step=state.step + 1, variables=state.variables | part, opt_state=opt_state, ema=average
+            state, step=state.step + 1, variables=overlay(state.variables, part), opt_state=opt_state, ema=average
         )
         metrics = finalize(result.sums) | {name: flag.astype(jnp.float32) for name, flag in flags.items()}
         metrics["grad_norm"] = norm

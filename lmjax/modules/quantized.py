@@ -1,0 +1,104 @@
+"""Weights in 4 and 8 bits, as the linear layers multiply with them.
+
+A quantized layer has a collection `nf4` or `int8` in place of its kernel. Its matrices lie as [out, in], the layout of
+the files they come from. Nothing here trains: the gradient goes through to the input only.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+BLOCK = 64  # weights that share a scale
+SCALE_BLOCK = 256  # scales that share a scale
+
+# The quantiles of a normal distribution (QLoRA, arXiv:2305.14314, appendix E).
+NF4_CODE = np.array(
+    [
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ],
+    np.float32,
+)
+
+
+def dynamic_code() -> np.ndarray:
+    """The 256 numbers of the signed dynamic 8-bit type, float32, sorted (Dettmers et al., arXiv:2110.02861).
+
+    >>> code = dynamic_code()
+    >>> len(code), float(code.min()) > -1, float(code.max())
+    (256, True, 1.0)
+    """
+    numbers = [0.0, 1.0]
+    for exponent in range(7):
+        edges = np.linspace(0.1, 1, 2**exponent + 1, dtype=np.float32)
+        means = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6)
+        numbers += [*means, *-means]
+    return np.sort(np.array(numbers, np.float32))
+
+
+class NF4(NamedTuple):
+    """Four bits a weight: `code[index] * scale of its block`, the scales in 8 bits themselves (double quantization).
+
+    Attributes:
+      codes: uint8 [out, in / 2], two indices each, the first in the high bits.
+      scales: uint8 [out, in / 64], indices into `dynamic_code`.
+      scale_scales: float32 [out * in / 64 / 256, rounded up], of each 256 scales in a row.
+      offset: float32 [], added to every scale.
+    """
+
+    codes: jax.Array
+    scales: jax.Array
+    scale_scales: jax.Array
+    offset: jax.Array
+
+    def dense(self, dtype: jnp.dtype) -> jax.Array:
+        """The weight, [out, in]."""
+        out, blocks = self.scales.shape
+        scale = jnp.repeat(self.scale_scales, SCALE_BLOCK)[: out * blocks].reshape(out, blocks)
+        scale = jnp.take(jnp.asarray(dynamic_code()), self.scales) * scale + self.offset
+        indices = jnp.stack([self.codes >> 4, self.codes & 15], axis=-1).reshape(out, blocks, BLOCK)
+        weight = jnp.take(jnp.asarray(NF4_CODE), indices) * scale[:, :, None]
+        return weight.reshape(out, blocks * BLOCK).astype(dtype)
+
+
+class Int8(NamedTuple):
+    """Eight bits a weight: `code * scale` of its output, `scale = max |w| / 127`.
+
+    Attributes:
+      codes: int8 [out, in].
+      scales: float32 [out].
+    """
+
+    codes: jax.Array
+    scales: jax.Array
+
+    def dense(self, dtype: jnp.dtype) -> jax.Array:
+        """The weight, [out, in]."""
+        return (self.codes.astype(jnp.float32) * self.scales[:, None]).astype(dtype)
+
+
+Quantized = NF4 | Int8
+KINDS: dict[str, type[NF4] | type[Int8]] = {"nf4": NF4, "int8": Int8}
+
+
+def weight(layer: nn.Module) -> Quantized | None:
+    """The quantized weight of a linear layer, or None if it has a kernel."""
+    for kind, make in KINDS.items():
+        if layer.has_variable(kind, "codes"):
+            return make(**{name: layer.get_variable(kind, name) for name in make._fields})
+    return None
+
+
+def multiply(x_ND: jax.Array, weight: jax.Array | Quantized) -> jax.Array:
+    """`x W`, [N, in] -> [N, out]. A quantized weight is unpacked here, and again in the backward pass, never kept."""
+    if not isinstance(weight, NF4 | Int8):
+        return x_ND @ weight
+    contract = (((1,), (1,)), ((), ()))
+    return jax.checkpoint(lambda x, w: jax.lax.dot_general(x, w.dense(x.dtype), contract))(x_ND, weight)
