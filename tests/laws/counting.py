@@ -47,3 +47,14 @@ def largest(jaxpr: Any, but: set[tuple[int, ...]] = frozenset()) -> int:  # type
 
 def primitives(jaxpr: Any) -> set[str]:
     return {equation.primitive.name for equation in equations(jaxpr)}
+
+
+def product_flops(jaxpr: Any) -> int:
+    """Operations of all matrix products, 2 M N K each; bodies of loops once."""
+    total = 0
+    for equation in equations(jaxpr):
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2 * inner * math.prod(equation.outvars[0].aval.shape)
+    return total

@@ -1,0 +1,77 @@
+"""What adapters save, read off the program: no gradient of a frozen weight, and no optimizer state for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import lmjax as lm
+from lmjax import adapters
+from lmjax.adapters.targets import leaves
+from lmjax.batch import next_token_batch
+from tests.laws.counting import equations, product_flops
+
+# Widths that no two kernels share, and none the batch.
+POLICY = lm.Policy(
+    lm.models.llama(
+        vocab_size=50, num_layers=2, embed_dim=48, num_heads=4, num_kv_heads=2, mlp_dim=80, layers="unrolled"
+    )
+)
+BATCH = next_token_batch(np.ones((2, 17), np.int32))
+METHODS = {
+    "full": lambda: None,
+    "lora": lambda: adapters.lora(1),
+    "dora": lambda: adapters.dora(1),
+    "ia3": lambda: adapters.ia3(),
+    "prefix": lambda: adapters.prefix(POLICY, 3),
+    "prompt": lambda: adapters.prompt(POLICY, 3),
+    "bottleneck": lambda: adapters.houlsby(reduction=48),
+}
+
+
+def _step(method: str) -> Any:
+    made, variables = METHODS[method](), POLICY.init(jax.random.key(0))
+    trainable = ("params",) if made is None else made.trainable
+    variables = variables if made is None else made.init(jax.random.key(1), variables)
+    state = lm.training.new_state(variables, optax.adam(1e-3), jax.random.key(0), trainable=trainable)
+    step = lm.training.make_step(POLICY, lm.objectives.cross_entropy(), optax.adam(1e-3), trainable=trainable)
+    return jax.make_jaxpr(lambda state: step(state, BATCH))(state), state, variables
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "full"])
+def test_the_gradient_of_a_frozen_weight_is_never_computed(method):
+    jaxpr, _, variables = _step(method)
+    frozen = {tuple(leaf.shape) for path, leaf in leaves(variables["params"]) if leaf.ndim == 2}
+    frozen |= {shape[::-1] for shape in frozen}
+    made = [e.outvars[0].aval.shape for e in equations(jaxpr) if e.primitive.name == "dot_general"]
+    assert not frozen & set(made)
+    full = [e.outvars[0].aval.shape for e in equations(_step("full")[0]) if e.primitive.name == "dot_general"]
+    assert len(frozen & set(full)) >= 5  # the check sees them where they are
+
+
+def test_a_step_of_lora_takes_two_thirds_of_the_products():
+    """Forward, and back through the activations: 4 products a weight in place of 6, and the thin ones."""
+    full, lora = (product_flops(_step(method)[0]) for method in ("full", "lora"))
+    assert lora <= (2 / 3 + 0.05) * full
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "full"])
+def test_the_optimizer_keeps_state_for_the_adapter_only(method):
+    _, state, variables = _step(method)
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
+    assert moments == 2 * adapters.count(variables)
+
+
+def test_rank_16_takes_two_percent_of_a_models_optimizer_state():
+    policy = lm.Policy(lm.models.preset("qwen2.5-0.5b"))
+
+    def sizes(key: jax.Array) -> Any:
+        variables = adapters.lora(16).init(key, policy.init(key))
+        return variables["params"], adapters.adapters_of(variables)
+
+    params, own = jax.eval_shape(sizes, jax.random.key(0))
+    assert adapters.count(own) <= 0.02 * sum(leaf.size for leaf in jax.tree.leaves(params))
