@@ -19,7 +19,8 @@ class Bottleneck:
 
     Attributes:
       sublayers: "attention", "mlp" or both.
-      place: what z is: the sublayer's "output", the residual "stream" with it, or the sublayer's input ("parallel").
+      place: what z is: the sublayer's "output", the residual "stream" with it, or the stream before the sublayer and
+        its norm ("parallel").
       activation: "relu", "swish", "gelu" or "tanh".
       reduction: the model's width over the adapter's.
       scale: as above.

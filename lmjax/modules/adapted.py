@@ -6,6 +6,7 @@ are not trained lie under `constant`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ CONSTANT = "constant"  # the key of what an adapter holds and no optimizer touch
 NAMES = {
     "relu": jax.nn.relu,
     "swish": jax.nn.swish,
-    "gelu": jax.nn.gelu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "tanh": jnp.tanh,
 }
 PLACES = ("output", "stream", "parallel")
@@ -91,20 +92,21 @@ def column_gain(own: dict[str, Any], product: Callable[[jax.Array], jax.Array]) 
     return own["magnitude"] / jax.lax.stop_gradient(length)
 
 
-def bottleneck(layer: nn.Module, name: str, x_ND: jax.Array, y_ND: jax.Array, stream_ND: jax.Array) -> jax.Array:
+def bottleneck(layer: nn.Module, name: str, y_ND: jax.Array, stream_ND: jax.Array) -> jax.Array:
     """A sublayer's output with what its bottleneck adapters add, `scale (f(z down + bias) up + bias)`.
+
+    Where z is taken, and that it is not normalised first, is as in the `adapters` library.
 
     Args:
       layer: the block.
       name: of the sublayer.
-      x_ND: the sublayer's input, which "parallel" adapters read (arXiv:2110.04366).
-      y_ND: its output, which those at the "output" read (Houlsby et al., arXiv:1902.00751).
-      stream_ND: the residual stream; with the output added, those on the "stream" read it (Pfeiffer et al.,
-        arXiv:2005.00247).
+      y_ND: its output, which adapters at the "output" read (Houlsby et al., arXiv:1902.00751).
+      stream_ND: the residual stream, which "parallel" ones read as it is before the sublayer and its norm (He et al.,
+        arXiv:2110.04366); with the output added, those on the "stream" read it (Pfeiffer et al., arXiv:2005.00247).
     """
     if not layer.has_variable("bottleneck", name):
         return y_ND
-    sources = {"output": y_ND, "stream": stream_ND + y_ND, "parallel": x_ND}
+    sources = {"output": y_ND, "stream": stream_ND + y_ND, "parallel": stream_ND}
     for key, own in sorted(layer.get_variable("bottleneck", name).items()):
         place, activation = key.split("_")
         z, dtype = sources[place], y_ND.dtype

@@ -45,9 +45,8 @@ class Block(nn.Module):
         self, name: str, sublayer: Callable[[jax.Array], jax.Array], x_ND: jax.Array, dropout: nn.Module
     ) -> jax.Array:
         norm, place = norm_like(self.config, f"{name}_norm"), self.config.norm_position
-        z_ND = x_ND if place == "post" else norm(x_ND)
-        y_ND = sublayer(z_ND)
+        y_ND = sublayer(x_ND if place == "post" else norm(x_ND))
         if place == "sandwich":
             y_ND = norm_like(self.config, f"{name}_post_norm")(y_ND)
-        sum_ND = x_ND + dropout(adapted.bottleneck(self, name, z_ND, y_ND, x_ND))
+        sum_ND = x_ND + dropout(adapted.bottleneck(self, name, y_ND, x_ND))
         return norm(sum_ND) if place == "post" else sum_ND
