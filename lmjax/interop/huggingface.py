@@ -1,7 +1,7 @@
 """Hugging Face checkpoints to and from our variables, one tensor at a time.
 
 A parameter is read straight into the shards it will live in: the host holds one parameter at
-most, and of it only what its own devices need.
+most, and of it only what its own devices need. One that is quantized is read whole, for its scales depend on all of it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,22 @@ from lmjax.interop.huggingface_names import BUFFERS, HEAD, PARTS, Row, rows
 from lmjax.interop.tensor_files import FLOATS, Tensor, TensorFiles, write_json, write_tensors
 from lmjax.models import layout
 from lmjax.models.decoder import Decoder, Variables
+from lmjax.models.patterns import Patterns
+from lmjax.models.quantization import quantize_kernels, quantize_leaf, quantized_variable_shapes
 from lmjax.modules.config import DecoderConfig
+from lmjax.modules.quantized import Quantized
 
 Index = tuple[slice, ...]
 
 
 def load_huggingface(
-    path: str | Path, *, shardings: Any = None, dtype: Any = None, layers: str = "auto"
+    path: str | Path,
+    *,
+    shardings: Any = None,
+    dtype: Any = None,
+    layers: str = "auto",
+    quantize: str | None = None,
+    targets: Patterns = "*",
 ) -> tuple[DecoderConfig, Variables]:
     """A model directory of transformers (`config.json` and safetensors) as a config and variables.
 
@@ -38,13 +47,16 @@ def load_huggingface(
       shardings: a tree of shardings of the variables' structure, or None for the default device.
       dtype: type of the parameters; None for float32, whatever the file holds.
       layers: the config's `layers`: how the layers are run and laid out.
+      quantize: "nf4" or "int8": the linear layers in 4 or 8 bits, each read, quantized and dropped before the next, so
+        that the host holds one tensor in full besides the result. See `lmjax.adapters.quantize`.
+      targets: patterns of the layers that are quantized.
 
     Returns:
-      The `DecoderConfig` and `{"params": ...}`.
+      The `DecoderConfig` and `{"params": ...}`, with a collection of the name of `quantize` beside it.
 
     Raises:
       UserError: no or unsupported config.json; a tensor that is missing, unexpected, or of another shape; a
-        truncated file. All before any tensor is read.
+        truncated file; layers that cannot be quantized so. All before any tensor is read.
     """
     path = Path(path)
     raw = read_config_json(path)
@@ -55,21 +67,34 @@ def load_huggingface(
     table = _without_prefix(table, files)
     _check(path, files, table, layout.unstack_layers(shapes), config)
     dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
-    targets = _by_path(shapes) if shardings is None else _by_path(shardings)
-    if set(targets) != set(_by_path(shapes)):
-        odd = min(set(targets) ^ set(_by_path(shapes)))
+    result = shapes if quantize is None else quantized_variable_shapes(shapes, quantize, targets)
+    places = _by_path(result) if shardings is None else _by_path(shardings)
+    if set(places) != set(_by_path(result)):
+        odd = min(set(places) ^ set(_by_path(result)))
         raise UserError(
             f"shardings and variables differ in structure at {odd!r}; make them from the same config."
         )
 
+    def put(name: str, shape: tuple[int, ...], read: Callable[[Index], np.ndarray]) -> jax.Array:
+        if shardings is None:
+            return jax.device_put(read(tuple(slice(None) for _ in shape)))
+        return jax.make_array_from_callback(shape, places[name], _remember(read))
+
     def load(key_path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         name = _name(key_path)
-        read = _reader(files, table, name, leaf.shape, dtype)
-        if shardings is None:
-            return jax.device_put(read(tuple(slice(None) for _ in leaf.shape)))
-        return jax.make_array_from_callback(leaf.shape, targets[name], _remember(read))
+        return put(name, leaf.shape, _reader(files, table, name, leaf.shape, dtype))
 
-    return config, jax.tree_util.tree_map_with_path(load, shapes)
+    def load_quantized(path: tuple[str, ...], leaf: jax.ShapeDtypeStruct) -> Quantized:
+        name, layer = "/".join(path), "/".join(path[:-1])
+        assert quantize is not None
+        whole = quantize_leaf(leaf.shape, quantize, lambda number: _kernel(files, table, name, leaf.shape, number))
+        own = {part: put(f"{layer}/{part}", array.shape, array.__getitem__) for part, array in whole._asdict().items()}
+        return whole._replace(**own)
+
+    if quantize is None:
+        return config, jax.tree_util.tree_map_with_path(load, shapes)
+    found = quantize_kernels(shapes["params"], quantize, targets, load_quantized)
+    return config, found | jax.tree_util.tree_map_with_path(load, {"params": found["params"]})
 
 
 def save_huggingface(
@@ -209,30 +234,40 @@ def _check_tied(path: Path, files: TensorFiles, embedding: str, chunk: int = 409
         )
 
 
+def _block(files: TensorFiles, row: Row, shape: tuple[int, ...], index: Index) -> np.ndarray:
+    """A block of one of our leaves, in the type and order of the file."""
+    block = [slice(*part.indices(size)) for part, size in zip(index, shape)]
+    if row.part is not None:
+        offset = row.part * shape[-1]
+        block[-1] = slice(block[-1].start + offset, block[-1].stop + offset)
+    array = files.read(row.theirs, tuple(block[::-1] if row.transpose else block))
+    return array.T if row.transpose else array
+
+
 def _reader(
     files: TensorFiles, table: dict[str, Row], name: str, shape: tuple[int, ...], dtype: Any
 ) -> Callable[[Index], np.ndarray]:
     """Reads any block of one of our leaves."""
 
-    def one(row: Row, shape: tuple[int, ...], index: Index) -> np.ndarray:
-        block = [slice(*part.indices(size)) for part, size in zip(index, shape)]
-        if row.part is not None:
-            offset = row.part * shape[-1]
-            block[-1] = slice(block[-1].start + offset, block[-1].stop + offset)
-        array = files.read(row.theirs, tuple(block[::-1] if row.transpose else block))
-        return array.T if row.transpose else array
-
     def read(index: Index) -> np.ndarray:
         if not name.startswith(f"{layout.STACKED}/"):
-            return np.ascontiguousarray(one(table[name], shape, index), dtype)
+            return np.ascontiguousarray(_block(files, table[name], shape, index), dtype)
         chosen = range(*index[0].indices(shape[0]))
         blocks = [len(range(*part.indices(size))) for part, size in zip(index[1:], shape[1:])]
         stacked = np.empty((len(chosen), *blocks), dtype)
         for place, layer in enumerate(chosen):
-            stacked[place] = one(table[_unrolled(name, layer)], shape[1:], index[1:])
+            stacked[place] = _block(files, table[_unrolled(name, layer)], shape[1:], index[1:])
         return stacked
 
     return read
+
+
+def _kernel(
+    files: TensorFiles, table: dict[str, Row], name: str, shape: tuple[int, ...], layer: int | None
+) -> np.ndarray:
+    """One kernel [in, out], as it lies in the file."""
+    row = table[name if layer is None else _unrolled(name, layer)]
+    return _block(files, row, shape[-2:], (slice(None), slice(None)))
 
 
 def _remember(read: Callable[[Index], np.ndarray]) -> Callable[[Any], np.ndarray]:

@@ -4,7 +4,18 @@ from lmjax._lazy import attach
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
-    submodules=("adapted", "attention", "block", "config", "dense", "mlp", "norms", "positions", "quantized"),
+    submodules=(
+        "adapted",
+        "attention",
+        "block",
+        "config",
+        "dense",
+        "mlp",
+        "norms",
+        "positions",
+        "quantized",
+        "quantizers",
+    ),
     names={
         "attention": ["Attention", "attention_mask"],
         "block": ["Block"],
