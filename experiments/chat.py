@@ -51,7 +51,9 @@ def run(config: ChatConfig, options: command_line.Options) -> None:
     if config.template != "auto":
         lm.data.template(config.template)
     processors = sampling_processors(config)
-    model = open_model(config.model, step=config.step, average=config.average, tokenizer=config.tokenizer)
+    model = open_model(
+        config.model, step=config.step, average=config.average, tokenizer=config.tokenizer, adapter=config.adapter
+    )
     speaker = Speaker(config, model, processors)
     folder = output_folder(options.run_dir, config.model, "chat") / "chats" if options.run_dir else None
     chat = Chat(speaker, config.system, folder)

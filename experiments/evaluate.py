@@ -28,7 +28,9 @@ def run(config: EvaluateConfig, options: command_line.Options) -> None:
 
     use_compilation_cache(DataConfig().cache_root())
     source = lm.data.open_source(SourceConfig(config.kind, config.path, config.text_field, config.separator))
-    model = open_model(config.model, step=config.step, average=config.average, tokenizer=config.tokenizer)
+    model = open_model(
+        config.model, step=config.step, average=config.average, tokenizer=config.tokenizer, adapter=config.adapter
+    )
     tokenizer = model.tokenizer
     folder = output_folder(options.run_dir, config.model, "evaluate")
 

@@ -28,6 +28,7 @@ class EvaluateConfig:
       average: of a run directory: the moving average of the parameters or the parameters; None for the average
         where there is one.
       tokenizer: a tokenizer file or directory to use instead of the one beside the model.
+      adapter: a directory with an adapter of the model: one of ours, or PEFT's.
     """
 
     model: str = ""
@@ -43,6 +44,7 @@ class EvaluateConfig:
     step: str = "last"
     average: bool | None = None
     tokenizer: str = ""
+    adapter: str = ""
 
     def __post_init__(self) -> None:
         for name in ("max_bytes", "window", "stride"):

@@ -71,7 +71,9 @@ def run(config: GenerateConfig, options: command_line.Options) -> int:
     rule = _rule(config)
 
     # The model, what ends its words, and the prompts as it reads them.
-    model = open_model(config.model, step=config.step, average=config.average, tokenizer=config.tokenizer)
+    model = open_model(
+        config.model, step=config.step, average=config.average, tokenizer=config.tokenizer, adapter=config.adapter
+    )
     stops: list[int | str] = [*config.stop, *([] if model.tokenizer.eos is None else [model.tokenizer.eos])]
     template = None
     if any(prompt.messages is not None for prompt in prompts):
@@ -272,7 +274,7 @@ def _settings(config: GenerateConfig, model: OpenedModel, prompts: list[Prompt],
     import jax
 
     settings = dataclasses.asdict(config)
-    elsewhere = "model step average tokenizer prompts input prompt_field json_schema regex lark".split()
+    elsewhere = "model step average tokenizer adapter prompts input prompt_field json_schema regex lark".split()
     for name in elsewhere if rule else [*elsewhere, "slots"]:
         del settings[name]
     hashed = hashlib.sha256()

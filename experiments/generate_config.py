@@ -19,6 +19,7 @@ class SamplingConfig:
       average: of a run directory: the moving average of the parameters or the parameters; None for the average
         where there is one.
       tokenizer: a tokenizer file or directory to use instead of the one beside the model.
+      adapter: a directory with an adapter of the model: one of ours, or PEFT's.
       template: how conversations are written: chatml, llama3, qwen, qwen3, qwen3-nothink, gemma, gemma3 or plain; auto
         for the model's own Jinja template, or else the one that its tokenizer's special tokens tell.
       max_new_tokens: tokens of a continuation or a reply, unless it ends itself.
@@ -41,6 +42,7 @@ class SamplingConfig:
     step: str = "last"
     average: bool | None = None
     tokenizer: str = ""
+    adapter: str = ""
     template: str = "auto"
     max_new_tokens: int = 200
     min_new_tokens: int = 0

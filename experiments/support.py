@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lmjax.tokenizers.base import Tokenizer
 
 TOKENIZER = "tokenizer"  # its folder in a run directory
+MODEL = "model.py"  # the config of a fine-tuned model there
 
 
 def use_compilation_cache(root: str) -> None:
@@ -72,6 +73,7 @@ class OpenedModel:
       tokenizer_path: where that was, and perhaps a chat template beside it.
       markers: whether its training documents had a marker before them.
       description: where it comes from, in words.
+      template: name of the chat template it was fine-tuned with, or "auto".
     """
 
     policy: Any
@@ -80,6 +82,7 @@ class OpenedModel:
     tokenizer_path: str
     markers: bool
     description: str
+    template: str = "auto"
 
     @property
     def context(self) -> int | None:
@@ -89,12 +92,15 @@ class OpenedModel:
 
     def chat_template(self, name: str = "auto") -> ChatTemplate:
         """The chat template of a name, or the model's own."""
+        name = self.template if name == "auto" else name
         if name != "auto":
             return lm.data.template(name)
         return lm.data.for_tokenizer(self.tokenizer, self.tokenizer_path)
 
 
-def open_model(path: str, *, step: str = "last", average: bool | None = None, tokenizer: str = "") -> OpenedModel:
+def open_model(
+    path: str, *, step: str = "last", average: bool | None = None, tokenizer: str = "", adapter: str = ""
+) -> OpenedModel:
     """Opens a run directory of ours, or a model directory of Hugging Face.
 
     Args:
@@ -102,10 +108,31 @@ def open_model(path: str, *, step: str = "last", average: bool | None = None, to
       step: for a run: "last", "best" or the number of a step.
       average: for a run: the moving average of the parameters, or not; None: where the run kept one.
       tokenizer: a tokenizer to use instead of the one beside the model.
+      adapter: a directory with an adapter of the model, ours or PEFT's. What can be folded into the weights is.
 
     Raises:
-      UserError: the directory is neither, has no such checkpoint, or no tokenizer.
+      UserError: the directory is neither, has no such checkpoint, or no tokenizer; or the adapter is of another model.
     """
+    model = _open_base(path, step, average, tokenizer)
+    return _adapted(model, adapter) if adapter else model
+
+
+def _adapted(model: OpenedModel, adapter: str) -> OpenedModel:
+    """A model with an adapter in the form that is the fastest to run."""
+    folder = Path(adapter).expanduser()
+    variables = lm.adapters.load(folder, model.variables, model.policy)
+    beside = {kind: variables[kind] for kind in lm.adapters.folding.BESIDE if kind in variables}
+    variables = lm.adapters.without(variables, tuple(beside))
+    quantized = {"nf4", "int8"} & set(variables)  # would become full weights
+    if lm.adapters.adapters_of(variables) and not quantized:
+        variables = lm.adapters.merge(variables)
+    variables = variables | beside
+    if lm.adapters.adapters_of(variables):
+        variables = lm.adapters.flatten(model.policy, variables)
+    return dataclasses.replace(model, variables=variables, description=f"{model.description}, with {folder}")
+
+
+def _open_base(path: str, step: str, average: bool | None, tokenizer: str) -> OpenedModel:
     if not path:
         raise UserError("no model is named; give --model a run directory or a Hugging Face model directory")
     folder = Path(path).expanduser()
@@ -137,6 +164,8 @@ def _open_run(folder: Path, step: str, average: bool | None, tokenizer: str) -> 
         raise UserError(f"step is {step!r}; give last, best or a number")
     chosen: Any = None if step == "last" else int(step) if step.isdigit() else step
     config: Any = command_line.load_config(folder / "config.py")
+    if isinstance(config.model, str):
+        return _open_finetuned(folder, config, chosen, average, tokenizer)
     policy = lm.Policy(config.model)
     metadata = lm.training.read_metadata(checkpoints, chosen)
     has_average = any(name.startswith("ema/") for name in metadata["leaves"])
@@ -151,6 +180,42 @@ def _open_run(folder: Path, step: str, average: bool | None, tokenizer: str) -> 
     what = f"{folder}, step {metadata['step']}" + (", moving average" if has_average and average is not False else "")
     return OpenedModel(
         policy, jax.device_put(variables), lm.tokenizers.load(where), where, config.data.document_markers, what
+    )
+
+
+def _open_finetuned(folder: Path, config: Any, step: Any, average: bool | None, tokenizer: str) -> OpenedModel:
+    """A run of `experiments.sft`: a model of its own, or an adapter of the one it began with."""
+    import jax
+
+    from lmjax import command_line
+
+    if average:
+        raise UserError(f"the run {folder} kept no moving average; leave out average")
+    checkpoints = folder / "checkpoints"
+    metadata = lm.training.read_metadata(checkpoints, step)
+    variables = lm.training.load_part(checkpoints, "variables", step)
+    what = f"{folder}, step {metadata['step']}"
+    shape: Any = command_line.load_config(folder / MODEL)
+    if isinstance(shape, DecoderConfig) and shape.scanned:
+        variables = lm.models.stack_layers(variables)
+    if "params" not in variables:
+        try:
+            base = open_model(config.model, step=config.step, average=config.average)
+        except UserError as error:
+            raise UserError(f"{folder} is an adapter of another model, which cannot be opened: {error}") from None
+        if base.policy.config != shape:
+            raise UserError(f"{folder} is an adapter of another model than {config.model} is now; put that one back")
+        variables, what = base.variables | variables, f"{what}, over {base.description}"
+    where = tokenizer or str(folder / TOKENIZER)
+    template = config.data.template if config.data.template != "none" else "auto"
+    return OpenedModel(
+        lm.Policy(shape),
+        jax.device_put(variables),
+        lm.tokenizers.load(where),
+        where,
+        config.data.document_markers,
+        what,
+        template,
     )
 
 

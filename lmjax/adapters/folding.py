@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from lmjax.adapters import deltas, low_rank, rescaling
 from lmjax.adapters.targets import Variables, leaves, unstacked
 from lmjax.errors import UserError
+from lmjax.models.adapted import chosen_rows
 from lmjax.modules.adapted import CONSTANT
 
 # In the order in which the layers apply them: a vector scales what LoRA has added to, too.
@@ -16,8 +17,9 @@ _FOLDS: dict[str, Callable[..., Variables]] = {
     "dora": low_rank.fold,
     "ia3": rescaling.fold,
 }
-_BESIDE = ("bottleneck", "prefix", "prefix_network", "prompt")
-COLLECTIONS = (*_FOLDS, *_BESIDE)
+# What is no change of weights.
+BESIDE = ("bottleneck", "prefix", "prefix_network", "prompt")
+COLLECTIONS = (*_FOLDS, *BESIDE)
 
 
 def adapters_of(variables: Variables) -> Variables:
@@ -65,11 +67,13 @@ def unmerge(merged: Variables, adapters: Variables) -> Variables:
 
 
 def _foldable(variables: Variables) -> tuple[str, ...]:
-    if beside := [kind for kind in _BESIDE if kind in variables]:
+    if beside := [kind for kind in BESIDE if kind in variables]:
         raise UserError(
             f"a {beside[0]!r} adapter is no change of weights and cannot be folded into them; "
             "keep it beside them, or leave it out with lmjax.adapters.without."
         )
+    if chosen_rows(variables) is not None:
+        raise UserError("these adapters were chosen row by row, and no one weight serves all rows; merge each alone.")
     kinds = tuple(kind for kind in _FOLDS if kind in variables)
     if not kinds:
         raise UserError("these variables have no adapter to fold in.")

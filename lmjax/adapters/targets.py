@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,22 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from lmjax.errors import UserError
-from lmjax.models.layout import STACKED, stack_layers, unstack_layers
+from lmjax.models.layout import STACKED, stack_adapter, unstack_layers
+from lmjax.models.patterns import Patterns, matches
 from lmjax.modules.quantized import KINDS
 
 Variables = dict[str, Any]
-Patterns = str | Sequence[str]
 WEIGHTS = ("params", *KINDS)  # where the weight of a linear layer may be
-
-
-def matches(path: str, patterns: Patterns) -> bool:
-    """Whether a path, or its end, matches one of the patterns of `fnmatch`.
-
-    >>> [matches("layer_3/attention/query", p) for p in ("query", "attention/*", "layer_3/*", "layer_[0-2]/*")]
-    [True, True, True, False]
-    """
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    return any(fnmatch.fnmatchcase(path, p) or fnmatch.fnmatchcase(path, f"*/{p}") for p in patterns)
 
 
 def leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -102,20 +91,10 @@ def unstacked(function: Callable[..., Variables]) -> Callable[..., Variables]:
         apart = unstack_layers(variables)
         found = function(*before, apart)
         kept = {name: tree for name, tree in variables.items() if name in found and found[name] is apart[name]}
-        return {name: _stack(name, tree) for name, tree in found.items() if name not in kept} | kept
+        count = next(jax.tree.leaves(tree[STACKED])[0].shape[0] for tree in variables.values() if STACKED in tree)
+        return {name: stack_adapter(name, tree, count) for name, tree in found.items() if name not in kept} | kept
 
     return call
-
-
-def _stack(name: str, tree: Any) -> Any:
-    layers = {key: sub for key, sub in tree.items() if re.fullmatch(r"layer_\d+", key)}
-    shapes = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), sub) for sub in layers.values()]
-    if any(shape != shapes[0] for shape in shapes) or set(layers) != {f"layer_{i}" for i in range(len(layers))}:
-        raise UserError(
-            f"the {name} adapter differs from layer to layer, which stacked layers cannot hold; "
-            "set layers='unrolled' in the model's config, or adapt every layer alike."
-        )
-    return stack_layers(tree)
 
 
 def refuse_second(variables: Variables, *kinds: str) -> None:

@@ -16,21 +16,23 @@ from lmjax.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+TYPES = FLOATS | {"bool": "BOOL", "int8": "I8", "uint8": "U8", "int32": "I32", "int64": "I64"}
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "BOOL": 1, "I8": 1, "U8": 1, "I32": 4, "I64": 8}
 
 
 class TensorFiles:
-    """The tensors of a checkpoint directory, by name. Opening it reads headers only.
+    """The tensors of a checkpoint directory or of one file, by name. Opening it reads headers only.
 
     Raises:
       UserError: there are no safetensors, a file that the index names is missing, or a file is truncated.
     """
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, path: str | Path):
         from safetensors import SafetensorError, safe_open
 
         self._slices: dict[str, Any] = {}
         self._handles = []
-        for file in _files(Path(directory)):
+        for file in _files(Path(path)):
             try:
                 handle = safe_open(file, framework="numpy")
             except (SafetensorError, OSError) as error:
@@ -58,6 +60,8 @@ class TensorFiles:
 
 def _files(directory: Path) -> list[Path]:
     """As transformers looks for them: the single file, else those of the index, else whatever is there."""
+    if directory.is_file():
+        return [directory]
     if (single := directory / SINGLE).is_file():
         return [single]
     if (index := directory / INDEX).is_file():
@@ -85,9 +89,7 @@ class Tensor(NamedTuple):
 
     @property
     def size(self) -> int:
-        return math.prod(self.shape) * (
-            2 if self.dtype in ("float16", "bfloat16") else 8 if self.dtype == "float64" else 4
-        )
+        return math.prod(self.shape) * _BYTES[TYPES[self.dtype]]
 
 
 def write_tensors(directory: Path, tensors: Iterable[Tensor], max_shard_bytes: int) -> None:
@@ -105,7 +107,7 @@ def write_tensors(directory: Path, tensors: Iterable[Tensor], max_shard_bytes: i
         [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     )
     for name, shard in zip(names, shards):
-        _write_file(directory / name, shard)
+        write_file(directory / name, shard)
     if count > 1:
         index = {
             "metadata": {"total_size": sum(t.size for shard in shards for t in shard)},
@@ -118,8 +120,12 @@ def write_tensors(directory: Path, tensors: Iterable[Tensor], max_shard_bytes: i
             old.unlink(missing_ok=True)
 
 
-def _write_file(path: Path, tensors: list[Tensor]) -> None:
-    """The format: header length (8 bytes), JSON header padded to a multiple of 8, then the data."""
+def write_file(path: Path, tensors: Iterable[Tensor]) -> None:
+    """Writes one file, which appears under its name only when it is complete.
+
+    The format: header length (8 bytes), JSON header padded to a multiple of 8, then the data.
+    """
+    tensors = list(tensors)
     header: dict[str, Any] = {
         "__metadata__": {"format": "pt"}
     }  # the layout torch's loaders expect to be named
@@ -127,7 +133,7 @@ def _write_file(path: Path, tensors: list[Tensor]) -> None:
     for tensor in tensors:
         start, end = end, end + tensor.size
         header[tensor.name] = {
-            "dtype": FLOATS[tensor.dtype],
+            "dtype": TYPES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
@@ -137,13 +143,14 @@ def _write_file(path: Path, tensors: list[Tensor]) -> None:
     with partial.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors:
-            array = np.ascontiguousarray(tensor.make())
+            array = np.asarray(tensor.make(), order="C")
             assert array.shape == tensor.shape and array.dtype.name == tensor.dtype, tensor.name
             file.write(array.view(np.uint8).data if array.ndim else array.tobytes())
     os.replace(partial, path)
 
 
 def write_json(path: Path, contents: Any) -> None:
+    """Writes JSON, which appears under its name only when it is complete."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, path)

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmjax.errors import UserError
+
 STACKED = "layers"
 
 
@@ -31,6 +33,27 @@ def unstack_layers(tree: Any) -> Any:
 def stack_layers(tree: Any) -> Any:
     """The inverse of `unstack_layers`."""
     return _rewrite(tree, _stack_entries)
+
+
+def stack_adapter(name: str, tree: Any, count: int) -> Any:
+    """`stack_layers` of an adapter's collection, whose layers may differ. One without layers is left as it is.
+
+    Args:
+      name: the collection's, for the message.
+      tree: the collection.
+      count: how many layers the model has.
+
+    Raises:
+      UserError: a layer has none, or one of another shape.
+    """
+    layers = {key: sub for key, sub in tree.items() if re.fullmatch(r"layer_\d+", key)}
+    shapes = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), sub) for sub in layers.values()]
+    if layers and (len(layers) != count or any(shape != shapes[0] for shape in shapes)):
+        raise UserError(
+            f"the {name} adapter differs from layer to layer, which stacked layers cannot hold; "
+            "set layers='unrolled' in the model's config, or adapt every layer alike."
+        )
+    return stack_layers(tree)
 
 
 def _rewrite(tree: Any, rewrite_dict: Any) -> Any:
