@@ -7,8 +7,8 @@ side, all in processes of their own that take turns. What is reported is the med
 neighbouring windows: to PEFT's step of the same method, and to our own step of all parameters. The losses of the first
 steps are compared where both sides start from the same function.
 
-Besides, without a clock: trained numbers, bytes of the optimizer's state, temporary memory of the compiled step, and its
-operations beside those of the full step.
+Besides, without a clock: trained numbers, bytes of the optimizer's state, temporary memory of the compiled step, and
+its operations beside those of the full step.
 
 Needs the `dev` extra (PyTorch, Transformers, PEFT). Results are appended to `docs/benchmarks/adapters.jsonl`.
 """
@@ -171,8 +171,9 @@ def main() -> None:
     methods = ["full", *(method for method in options.methods if method != "full")]
     sides = [f"{side} {method}" for method in methods for side in SIDES if side == "lmjax" or method in PEER_METHODS]
     facts, windows = benchmarking.take_turns(worker, sides, (options.threads,), options.rounds)
-    ratio = lambda a, b: round(statistics.median(
-        x["wall"] / y["wall"] for x, y in zip(windows[a], windows[b], strict=True)), 3)
+    ratio = lambda a, b: round(
+        statistics.median(x["wall"] / y["wall"] for x, y in zip(windows[a], windows[b], strict=True)), 3
+    )
     for method in methods:
         ours, peer, full = f"lmjax {method}", f"peft {method}", "lmjax full"
         own = facts[ours]

@@ -233,7 +233,7 @@ def test_every_method_is_here():
 
 
 BAD = {
-    "a target that matches nothing": (lambda p: adapters.lora(targets="attention/quary"), "attention/quary.*matches no"),
+    "a target that matches nothing": (lambda p: adapters.lora(targets="attention/quary"), "quary.*matches no"),
     "too high a rank": (lambda p: adapters.lora(rank=17), "rank 17 exceeds the width of layer_0/attention/key"),
     "a rank of nothing": (lambda p: adapters.lora(rank=0), "give at least 1"),
     "ranks of nothing": (lambda p: adapters.lora(2, ranks={"layer_7/*": 4}), "layer_7.*matches none"),
