@@ -25,6 +25,11 @@ def has_template(directory: str | os.PathLike) -> bool:
     return bool(_read(directory)[0])
 
 
+def template_text(directory: str | os.PathLike) -> str | None:
+    """The Jinja in a tokenizer's directory, its default one; None without."""
+    return _read(directory)[0].get("default")
+
+
 def _read(directory: str | os.PathLike) -> tuple[dict[str, str], dict[str, str]]:
     """(templates by name, special tokens by role such as "bos_token") of a directory, or of one of its files."""
     directory = os.path.dirname(directory) if os.path.isfile(directory) else directory

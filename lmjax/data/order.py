@@ -74,6 +74,32 @@ def _below(key: np.ndarray, half: np.ndarray, r: int, size: int) -> np.ndarray:
         return (((x >> np.uint64(32)) * np.uint64(size)) >> np.uint64(32)).astype(np.int64)
 
 
+def mixing_rates(
+    sizes: Sequence[int], temperature: float = 1.0, limit: int = 0, weights: Sequence[float] | None = None
+) -> list[float]:
+    """How often a mixture draws from each of its tasks: p_i ∝ w_i min(n_i, K)^(1/T).
+
+    Temperature-scaled, examples-proportional mixing (T5, arXiv:1910.10683, section 3.5.2): at T = 1 in proportion to
+    the sizes, at large T all alike; the limit K keeps a huge task from drowning the others (FLAN, arXiv:2109.01652,
+    takes 3000).
+
+    Args:
+      sizes: n_i, examples of each task.
+      temperature: T.
+      limit: K; 0 for none.
+      weights: w_i.
+
+    Returns:
+      Shares that add up to 1.
+
+    >>> mixing_rates([100, 900]), mixing_rates([100, 900], temperature=2), mixing_rates([100, 900], limit=300)
+    ([0.1, 0.9], [0.25, 0.75], [0.25, 0.75])
+    """
+    counted = [min(size, limit or size) for size in sizes]
+    raw = [w * n ** (1 / temperature) for n, w in zip(counted, weights or [1.0] * len(sizes))]
+    return [rate / sum(raw) for rate in raw]
+
+
 def mixture_schedule(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """One period of a mixture: which source each example comes from, as evenly spread as can be.
 

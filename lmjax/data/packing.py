@@ -211,11 +211,12 @@ class PackedRows(_Shuffled):
       tokens: int [N].
       sequence_length: T.
       ends: int64 [D], where documents end.
+      learned: bool [N], which tokens count as targets; None: all.
     """
 
-    def __init__(self, tokens: np.ndarray, sequence_length: int, ends: np.ndarray):
+    def __init__(self, tokens: np.ndarray, sequence_length: int, ends: np.ndarray, learned: np.ndarray | None = None):
         self.sequence_length = T = sequence_length
-        self._tokens = tokens
+        self._tokens, self._learned = tokens, learned
         ends = np.asarray(ends, np.int64)
         starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])[: len(ends)]
         pairs = np.maximum(ends - starts - 1, 0)
@@ -255,6 +256,7 @@ class PackedRows(_Shuffled):
         source += 1
         targets = self._tokens.take(source, mode="clip").astype(np.int32)
         targets *= inside
+        mask = inside if self._learned is None else inside & self._learned.take(source, mode="clip")
         positions = (place - np.repeat(offset, length)).astype(np.int32)
-        leaves = (tokens, targets, inside.astype(np.float32), segments, positions)
+        leaves = (tokens, targets, mask.astype(np.float32), segments, positions)
         return Batch(*(leaf.reshape(B, T) for leaf in leaves))

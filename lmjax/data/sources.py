@@ -19,6 +19,7 @@ _EXTENSIONS = {
     "text": (".txt", ".md", ".text", ".rst"),
     "jsonl": (".jsonl", ".ndjson"),
     "parquet": (".parquet",),
+    "records": (".jsonl", ".ndjson", ".json", ".parquet"),
 }
 _SAMPLE = 1 << 16  # bytes at the beginning and at the end of a file that go into its identity,
 _SAMPLED_FILES = 1000  # where there are no more files than this
@@ -66,7 +67,7 @@ def open_source(config: SourceConfig) -> Source:
         root = sysconfig.get_paths()["stdlib"]
         files, name = _stdlib_files(root), "the standard library"
     else:
-        root, files, name = *_find(config.path, kind), config.path
+        root, files, name = *find_files(config.path, kind), config.path
     source = Source(name, None, None, lambda: iter(()))
     explicit = len(files) == 1
     sampled = len(files) <= _SAMPLED_FILES
@@ -78,7 +79,7 @@ def open_source(config: SourceConfig) -> Source:
         source.skipped = source._done = 0
         for path, size in zip(files, sizes):
             try:
-                with _open_raw(path) as source._raw:
+                with open_raw(path) as source._raw:
                     yield from _documents(path, source._raw, kind, config)
             except UnicodeDecodeError as error:
                 if explicit:
@@ -114,7 +115,7 @@ def _fsspec() -> Any:
     return fsspec
 
 
-def _find(path: str, kind: str) -> tuple[str, list[str]]:
+def find_files(path: str, kind: str) -> tuple[str, list[str]]:
     """The root and the sorted files at a path, glob, directory or URL."""
     if _is_url(path):
         if not any(c in path for c in "*?["):
@@ -171,7 +172,7 @@ def _identity(path: str, root: str, sampled: bool) -> list:
     return [name.replace(os.sep, "/"), status.st_size, status.st_mtime_ns, ends.hexdigest()]
 
 
-def _open_raw(path: str) -> BinaryIO:
+def open_raw(path: str) -> BinaryIO:
     try:
         return _fsspec().open(path, "rb").open() if _is_url(path) else open(path, "rb")
     except OSError as error:

@@ -48,7 +48,7 @@ def _require(condition: bool, sentence: str) -> None:
         raise UserError(sentence)
 
 
-def _with_defaults(config: Any, defaults: dict[str, dict[str, Any]], shared: tuple[str, ...], what: str) -> Any:
+def with_defaults(config: Any, defaults: dict[str, dict[str, Any]], shared: tuple[str, ...], what: str) -> Any:
     """`config` with the defaults of its kind in place of None, refusing fields that its kind does not read.
 
     Builds the copy without `__init__`, since `__post_init__` calls this.
@@ -130,7 +130,7 @@ class ScheduleConfig:
     def filled(self) -> ScheduleConfig:
         """This configuration with the kind's defaults written out."""
         shared = ("kind", "peak", "warmup_steps", "total_steps")
-        return _with_defaults(self, _SCHEDULE_DEFAULTS, shared, "schedule")
+        return with_defaults(self, _SCHEDULE_DEFAULTS, shared, "schedule")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +198,7 @@ class OptimizerConfig:
     def filled(self) -> OptimizerConfig:
         """This configuration with the kind's defaults written out."""
         shared = ("kind", "weight_decay", "decay_embeddings")
-        return _with_defaults(self, _OPTIMIZER_DEFAULTS, shared, "optimizer")
+        return with_defaults(self, _OPTIMIZER_DEFAULTS, shared, "optimizer")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lmjax.errors import UserError
 from lmjax.training.adafactor import scale_by_factored_rms, scale_by_parameter_rms
 from lmjax.training.config import OptimizerConfig
-from lmjax.training.layers import decay_mask
+from lmjax.training.layers import decay_mask, names
 from lmjax.training.muon import scale_by_muon
 from lmjax.training.schedules import Schedule
 
@@ -99,3 +100,33 @@ def make_optimizer(config: OptimizerConfig, schedule: Schedule) -> optax.Gradien
     if full.weight_decay:
         steps += [optax.add_decayed_weights(full.weight_decay, mask=decay_mask(full.decay_embeddings))]
     return optax.chain(*steps, scale_by_schedule(schedule))
+
+
+def lora_plus(optimizer: optax.GradientTransformation, ratio: float = 16.0) -> optax.GradientTransformationExtraArgs:
+    """LoRA+ (arXiv:2402.12354): the matrices `b` of "lora" and "dora" learn at `ratio` times the rate of the rest.
+
+    Decoupled weight decay goes with the rate, as it does in a parameter group of PyTorch.
+
+    Args:
+      optimizer: whose last step is to multiply by the learning rate, as all of `make_optimizer` do.
+      ratio: lr_b / lr_a.
+
+    >>> optimizer = lora_plus(optax.sgd(0.5), ratio=4)
+    >>> layer = {"lora": {"query": {"a": jnp.ones(2), "b": jnp.ones(2)}}}
+    >>> updates, _ = optimizer.update(layer, optimizer.init(layer))
+    >>> jax.tree.map(lambda leaf: leaf.tolist(), updates["lora"]["query"])
+    {'a': [-0.5, -0.5], 'b': [-2.0, -2.0]}
+    """
+    if not ratio > 0:
+        raise UserError(f"the learning-rate ratio of LoRA+ is {ratio}; give a positive number.")
+
+    def label(path: tuple[Any, ...], leaf: Any) -> str:
+        del leaf
+        own = names(path)
+        return "b" if own[0] in ("lora", "dora") and own[-1] == "b" else "rest"
+
+    rates = optax.partition(
+        {"b": optax.scale(ratio), "rest": optax.identity()},
+        lambda tree: jax.tree_util.tree_map_with_path(label, tree),
+    )
+    return optax.with_extra_args_support(optax.chain(optimizer, rates))
