@@ -69,7 +69,8 @@ def encode(
             return ids, np.ones(len(ids), bool)
         _check_span(talk.messages, spoken[-1], written)
         if loss_on != "assistant" and written is not JOINED:
-            before = written.prompt(tokenizer, talk.messages[: spoken[-1] if loss_on == "last" else talk.start])
+            first = spoken[-1] if loss_on == "last" else next(i for i in spoken if i >= talk.start)
+            before = written.prompt(tokenizer, talk.messages[:first])
             if not np.array_equal(before, ids[: len(before)]):
                 raise UserError(
                     f"the chat template {written.name} writes the prompt otherwise once a reply follows it, so the "

@@ -99,8 +99,8 @@ def test_parquet_messages_lose_the_keys_that_others_have(tmp_path):
 
     talks = [_talk((U, "a"), (A, "b")), [{"role": U, "content": "c", "name": "N"}, *_talk((A, "d"))]]
     parquet.write_table(pyarrow.Table.from_pylist([{"messages": talk} for talk in talks]), tmp_path / "t.parquet")
-    found = [conversation(record, ConversationSource()).messages for record in read_records(str(tmp_path / "t.parquet"))]
-    assert found == talks
+    records = read_records(str(tmp_path / "t.parquet"))
+    assert [conversation(record, ConversationSource()).messages for record in records] == talks
 
 
 # What is learned
@@ -164,7 +164,7 @@ BAD = {
     "not json": ({"path": "{tmp}/broken.jsonl"}, "broken.jsonl line 2 is not JSON"),
     "not an object": ({"path": "{tmp}/numbers.json"}, "numbers.json record 0 is a int"),
     "other fields": ({"path": "{tmp}/other.jsonl"}, r"has neither .*\(it has: question\)"),
-    "a field of another type": ({"path": "{tmp}/typed.jsonl", "format": "completion"}, "'completion' is not text but int"),
+    "another type": ({"path": "{tmp}/typed.jsonl", "format": "completion"}, "'completion' is not text but int"),
     "no tag": ({"domain_field": "task"}, "has no tag in 'task'"),
     "no assistant": ({"path": "{tmp}/asked.jsonl"}, "asked.jsonl line 1: there is no message of the assistant's"),
     "a role that is none": ({"path": "{tmp}/roles.jsonl"}, "roles.jsonl line 1: message 1 has the role 'robot'"),
@@ -252,21 +252,19 @@ def test_an_epoch_has_each_target_once(sums, fields):
     assert sum(found.values()) == data.train_examples["sums"].targets
     answers = sorted(json.loads(line)["completion"] for line in Path(sums).read_text().splitlines())
     said: dict[Any, list[int]] = {}
-    for document, place, target in sorted(found):
+    for document, _, target in sorted(found):
         said.setdefault(document, []).append(target)
     assert sorted(PLAIN.decode(ids) for ids in said.values()) == sorted(f" {answer}\nUser:" for answer in answers)
 
 
 def test_batches_of_a_bucket_are_of_one_length_and_of_few(sums):
     data = load_supervised(_config(sums, packing="padded", buckets=(34, 37, 40, 64), validation_fraction=0.0), 4, PLAIN)
-    shapes = set()
-    for step in range(60):
-        batch = data.batch(step)
-        assert batch.tokens.shape[0] == 4
-        shapes.add(batch.tokens.shape[1])
-    assert len(shapes) > 1 and shapes <= {34, 37, 40, 64}
-    longest = max(int(batch.segments.sum(1).max()) for batch in map(data.batch, range(30)) if batch.tokens.shape[1] == 34)
-    assert 0 < longest <= 34
+    batches = [data.batch(step) for step in range(60)]
+    lengths = {batch.tokens.shape[1] for batch in batches}
+    assert len(lengths) > 1 and lengths <= {34, 37, 40, 64}
+    assert {batch.tokens.shape[0] for batch in batches} == {4}
+    # Padding is little: short conversations stand in short rows.
+    assert sum(batch.segments.sum() for batch in batches) > 0.8 * sum(batch.segments.size for batch in batches)
 
 
 @pytest.mark.parametrize("count", [1, 3, 8, 9, 200])
