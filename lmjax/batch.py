@@ -35,6 +35,28 @@ class Batch:
     temperature: Array | None = None
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PairBatch(Batch):
+    """Pairs of answers: segment 2p + 1 of a row is the chosen answer of its pair p behind its prompt, 2p + 2 the other.
+
+    The two of a pair lie in one row, so that batches split between pairs, and rows hold as many as fit. `mask` has the
+    tokens of the answers. The last token of a sequence is an input too, with no target, for scores are read there.
+
+    Attributes:
+      pairs: float32 [B, P], the weight of each pair; 0 where a row has fewer.
+      margins: float32 [B, P] or None, by how much the chosen answer is said to be better.
+      desirable: float32 [B, P] or None. Where given, there are no pairs: segment 2p + 1 is an answer that is liked (1)
+        or not (0), and segment 2p + 2 the answer to another prompt behind this one (KTO).
+      reference_logprobs: float32 [B, T] or None, those of the targets under the reference, computed beforehand.
+    """
+
+    pairs: Array = None
+    margins: Array | None = None
+    desirable: Array | None = None
+    reference_logprobs: Array | None = None
+
+
 def positions_within_segments(segments_BT: np.ndarray) -> np.ndarray:
     """Positions that restart at 0 wherever the segment number changes. int32 [B, T].
 

@@ -1,0 +1,439 @@
+"""Terms over pairs of answers: DPO and its relatives, by the losses of `lmjax.losses.preferences`.
+
+All take a `PairBatch`. A term's value is the mean over pairs by their weights, so batches may be packed and split.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lmjax.batch import Batch, PairBatch
+from lmjax.errors import UserError
+from lmjax.losses import preferences
+from lmjax.losses.preferences import Divergence
+from lmjax.objectives.algebra import Objective, Term, term
+from lmjax.objectives.reducers import Reducer, token_mean
+from lmjax.policy import Outputs
+
+CACHED = "cached"
+
+
+@dataclasses.dataclass(frozen=True)
+class LogRatio:
+    """How `log pi(y|x) - log ref(y|x)` is taken of an answer.
+
+    Attributes:
+      reference: the role of the reference; "cached" reads `batch.reference_logprobs`; None leaves it out.
+      mean: divide by the answer's number of tokens (SimPO, Tulu 3's normalised DPO).
+      divergence, alpha: what it is put through (`losses.preferences.divergence_score`).
+      excess: weight of the tokens behind the length of the pair's shorter answer (LD-DPO, arXiv:2409.06411).
+      weighted: weigh each pair by how likely the policy is to say it (WPO, arXiv:2406.11827).
+    """
+
+    reference: str | None = "reference"
+    mean: bool = False
+    divergence: Divergence = "reverse_kl"
+    alpha: float = 0.5
+    excess: float = 1.0
+    weighted: bool = False
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return () if self.reference in (None, CACHED) else (str(self.reference),)
+
+
+class Answers(NamedTuple):
+    """One number for each answer of each pair.
+
+    Attributes:
+      chosen, rejected: [B, P].
+    """
+
+    chosen: jax.Array
+    rejected: jax.Array
+
+
+def per_answer(values_BT: jax.Array, batch: PairBatch) -> Answers:
+    """Sums over the tokens of each answer."""
+    numbers = jnp.arange(1, 2 * batch.pairs.shape[1] + 1)
+    inside = (batch.segments[:, :, None] == numbers).astype(jnp.float32)
+    sums = jnp.einsum("bts,bt->bs", inside, values_BT, precision="highest")
+    return Answers(sums[:, ::2], sums[:, 1::2])
+
+
+def last_tokens(values_BT: jax.Array, batch: PairBatch) -> Answers:
+    """The value at the last token of each sequence; that of the row's first token where there is none."""
+    numbers = jnp.arange(1, 2 * batch.pairs.shape[1] + 1)
+    at = jnp.where(batch.segments[:, :, None] == numbers, jnp.arange(values_BT.shape[1])[:, None], 0)
+    found = jnp.take_along_axis(values_BT, jnp.max(at, axis=1), axis=1)
+    return Answers(found[:, ::2], found[:, 1::2])
+
+
+def over_pairs(values_BP: jax.Array, weights_BP: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Each row's weighted mean over its pairs [B] and the sum of their weights [B]: what a term returns."""
+    weight_B = jnp.sum(weights_BP, axis=1)
+    total_B = jnp.sum(jnp.where(weights_BP != 0, values_BP, 0.0) * weights_BP, axis=1)
+    return total_B / jnp.where(weight_B == 0, 1.0, weight_B), weight_B
+
+
+class Ratios(NamedTuple):
+    """Attributes:
+    policy, reference: summed log-probabilities.
+    score: log-ratios as a `LogRatio` says.
+    lengths: numbers of tokens.
+    """
+
+    policy: Answers
+    reference: Answers
+    score: Answers
+    lengths: Answers
+
+
+def log_ratios(outputs: Outputs, batch: PairBatch, reference: Outputs | None, how: LogRatio) -> Ratios:
+    """The log-probabilities of the answers under policy and reference, and their log-ratios.
+
+    Raises:
+      UserError: the batch has no pairs, or no cached log-probabilities that are asked for.
+    """
+    if not isinstance(batch, PairBatch):
+        raise UserError("terms over preferences need pairs; make their batches with lmjax.data.pair_batch.")
+    if how.reference == CACHED and batch.reference_logprobs is None:
+        raise UserError("the batch holds no reference log-probabilities; compute them first, or name a role.")
+    mask = batch.mask.astype(jnp.float32)
+    lengths = per_answer(mask, batch)
+    if how.excess != 1.0:
+        mask = mask * jnp.where(_beyond_shorter(batch, lengths), how.excess, 1.0)
+    if how.reference is None:
+        other = jnp.zeros_like(outputs.logprobs)
+    else:
+        other = batch.reference_logprobs if reference is None else reference.logprobs
+    policy, base = (per_answer(jnp.where(mask != 0, x, 0.0) * mask, batch) for x in (outputs.logprobs, other))
+
+    def score(pi: jax.Array, ref: jax.Array, length: jax.Array) -> jax.Array:
+        found = preferences.divergence_score(pi - ref, how.divergence, how.alpha)
+        return found / jnp.maximum(length, 1.0) if how.mean else found
+
+    return Ratios(policy, base, Answers(*map(score, policy, base, lengths)), lengths)
+
+
+def _beyond_shorter(batch: PairBatch, lengths: Answers) -> jax.Array:
+    """bool [B, T], whether a token stands behind as many of its answer as the pair's shorter answer has."""
+    own = jnp.stack(lengths, axis=-1).reshape(lengths.chosen.shape[0], -1)  # of each segment, in order
+    shorter = jnp.repeat(jnp.minimum(*lengths), 2, axis=1)
+    place = jnp.clip(batch.segments - 1, 0, own.shape[1] - 1)
+    before = jnp.take_along_axis(jnp.cumsum(own, axis=1) - own, place, axis=1)
+    rank = jnp.cumsum(batch.mask, axis=1) - before
+    return rank > jnp.take_along_axis(shorter, place, axis=1)
+
+
+def _pair_weight(outputs: Outputs, batch: PairBatch, how: LogRatio, lengths: Answers) -> jax.Array:
+    """[B, P], without gradient; 1 unless `how.weighted`."""
+    if not how.weighted:
+        return jnp.ones_like(lengths.chosen)
+    relative = jnp.where(batch.mask > 0, outputs.logprobs - jnp.log(outputs.sum_p2), 0.0) * batch.mask
+    chosen, rejected = per_answer(relative, batch)
+    mean = chosen / jnp.maximum(lengths.chosen, 1.0) + rejected / jnp.maximum(lengths.rejected, 1.0)
+    return jax.lax.stop_gradient(jnp.exp(mean))
+
+
+def _metrics(found: Ratios, batch: PairBatch, beta: float, reference: bool) -> dict[str, Any]:
+    rewards = Answers(*(beta * (pi - ref) for pi, ref in zip(found.policy, found.reference, strict=True)))
+    if not reference:
+        rewards = Answers(*(beta * score for score in found.score))
+    values = {
+        "rewards/chosen": rewards.chosen,
+        "rewards/rejected": rewards.rejected,
+        "rewards/margins": rewards.chosen - rewards.rejected,
+        "rewards/accuracies": (rewards.chosen > rewards.rejected).astype(jnp.float32),
+        "logps/chosen": found.policy.chosen,
+        "logps/rejected": found.policy.rejected,
+    }
+    if reference:
+        values |= {"logps/ref_chosen": found.reference.chosen, "logps/ref_rejected": found.reference.rejected}
+    return {name: over_pairs(value, batch.pairs) for name, value in values.items()}
+
+
+def pair_term(
+    name: str,
+    loss: Callable[[Ratios, PairBatch], jax.Array],
+    how: LogRatio,
+    *,
+    beta: float,
+    reducer: Reducer = token_mean,
+    couples_rows: bool = False,
+) -> Objective:
+    """A term from a loss of each pair.
+
+    Args:
+      name: of the term.
+      loss: (log-ratios, batch) -> [B, P].
+      how: how log-ratios are taken.
+      beta: the strength, for the rewards that are reported.
+      reducer: see `Term`; over rows, by the weights of their pairs.
+      couples_rows: the loss is not a sum over pairs.
+    """
+
+    def function(outputs: Outputs, batch: PairBatch, *others: Outputs) -> Any:
+        found = log_ratios(outputs, batch, others[0] if others else None, how)
+        values = loss(found, batch) * _pair_weight(outputs, batch, how, found.lengths)
+        metrics = _metrics(jax.lax.stop_gradient(found), batch, beta, how.reference is not None)
+        if couples_rows:
+            count = jnp.sum(batch.pairs > 0)
+            return jnp.sum(values) / jnp.maximum(count, 1), (count > 0).astype(jnp.float32), metrics
+        return *over_pairs(values, batch.pairs), metrics
+
+    return Objective(((1.0, Term(name, function, reducer, how.roles, couples_rows=couples_rows)),))
+
+
+def _of_gap(
+    loss: Callable[..., jax.Array], name: str, ratio: LogRatio, beta: float, reducer: Reducer, **options: Any
+) -> Objective:
+    return pair_term(
+        name,
+        lambda found, batch: loss(found.score.chosen - found.score.rejected, beta, **options),
+        ratio,
+        beta=beta,
+        reducer=reducer,
+    )
+
+
+def _of_both(
+    loss: Callable[..., jax.Array], name: str, ratio: LogRatio, beta: float, reducer: Reducer, **options: Any
+) -> Objective:
+    return pair_term(
+        name, lambda found, batch: loss(*found.score, beta, **options), ratio, beta=beta, reducer=reducer
+    )
+
+
+def _smoothing_below_half(smoothing: float, least: float = 0.0) -> None:
+    if not least <= smoothing < 0.5 or (least and smoothing == 0):
+        raise UserError(f"label_smoothing is {smoothing}; give a share of wrong labels below one half.")
+
+
+def dpo(
+    beta: float = 0.1,
+    *,
+    label_smoothing: float = 0.0,
+    ratio: LogRatio = LogRatio(),
+    reducer: Reducer = token_mean,
+) -> Objective:
+    """Direct preference optimization (`losses.preferences.logistic`), cDPO with label smoothing.
+
+    Args:
+      beta: strength of the tie to the reference.
+      label_smoothing: share of pairs the wrong way round.
+      ratio: how log-ratios are taken, for the variants: `LogRatio(mean=True)` is Tulu 3's dpo_norm and TRL's
+        sigmoid_norm, `divergence=` f-DPO, `excess=` LD-DPO, `weighted=True` WPO, `reference=None` reference-free.
+      reducer: see `Term`.
+    """
+    _smoothing_below_half(label_smoothing)
+    return _of_gap(preferences.logistic, "dpo", ratio, beta, reducer, smoothing=label_smoothing)
+
+
+def robust_dpo(
+    beta: float = 0.1,
+    *,
+    label_smoothing: float = 0.1,
+    ratio: LogRatio = LogRatio(),
+    reducer: Reducer = token_mean,
+) -> Objective:
+    """DPO that is unbiased under a known share of wrong labels (`losses.preferences.robust`)."""
+    _smoothing_below_half(label_smoothing)
+    return _of_gap(preferences.robust, "robust_dpo", ratio, beta, reducer, smoothing=label_smoothing)
+
+
+def hinge(beta: float = 0.1, *, ratio: LogRatio = LogRatio(), reducer: Reducer = token_mean) -> Objective:
+    """SLiC's hinge over log-ratios (`losses.preferences.hinge`)."""
+    return _of_gap(preferences.hinge, "hinge", ratio, beta, reducer)
+
+
+def ipo(beta: float = 0.1, *, ratio: LogRatio = LogRatio(), reducer: Reducer = token_mean) -> Objective:
+    """IPO (`losses.preferences.ipo`) over sums, as the paper and OpenRLHF; TRL's form is `LogRatio(mean=True)`."""
+    return _of_gap(preferences.ipo, "ipo", ratio, beta, reducer)
+
+
+def exo(
+    beta: float = 0.1,
+    *,
+    label_smoothing: float = 1e-3,
+    ratio: LogRatio = LogRatio(),
+    reducer: Reducer = token_mean,
+) -> Objective:
+    """EXO for pairs (`losses.preferences.exo`); the smoothing must be positive."""
+    if not 0 < label_smoothing < 0.5:
+        raise UserError(f"label_smoothing is {label_smoothing}; EXO needs a share between 0 and one half.")
+    return _of_gap(preferences.exo, "exo", ratio, beta, reducer, smoothing=label_smoothing)
+
+
+def discopop(
+    beta: float = 0.1,
+    *,
+    temperature: float = 0.05,
+    ratio: LogRatio = LogRatio(),
+    reducer: Reducer = token_mean,
+) -> Objective:
+    """The log-ratio modulated loss (`losses.preferences.discopop`)."""
+    return _of_gap(preferences.discopop, "discopop", ratio, beta, reducer, temperature=temperature)
+
+
+def nca(beta: float = 0.1, *, ratio: LogRatio = LogRatio(), reducer: Reducer = token_mean) -> Objective:
+    """NCA for pairs (`losses.preferences.nca`)."""
+    return _of_both(preferences.nca, "nca", ratio, beta, reducer)
+
+
+def bco(
+    beta: float = 0.1, *, shift: float = 0.0, ratio: LogRatio = LogRatio(), reducer: Reducer = token_mean
+) -> Objective:
+    """BCO for pairs (`losses.preferences.bco`)."""
+    return _of_both(preferences.bco, "bco", ratio, beta, reducer, shift=shift)
+
+
+def sppo(beta: float = 0.1, *, ratio: LogRatio = LogRatio(), reducer: Reducer = token_mean) -> Objective:
+    """SPPO with hard labels (`losses.preferences.sppo`)."""
+    return _of_both(preferences.sppo, "sppo", ratio, beta, reducer)
+
+
+def apo_zero(beta: float = 0.1, *, ratio: LogRatio = LogRatio(), reducer: Reducer = token_mean) -> Objective:
+    """APO for models worse than the chosen answers (`losses.preferences.apo_zero`)."""
+    return _of_both(preferences.apo_zero, "apo_zero", ratio, beta, reducer)
+
+
+def apo_down(beta: float = 0.1, *, ratio: LogRatio = LogRatio(), reducer: Reducer = token_mean) -> Objective:
+    """APO for models better than the chosen answers (`losses.preferences.apo_down`)."""
+    return _of_both(preferences.apo_down, "apo_down", ratio, beta, reducer)
+
+
+def aot(
+    beta: float = 0.1,
+    *,
+    label_smoothing: float = 0.0,
+    unpaired: bool = False,
+    ratio: LogRatio = LogRatio(),
+    reducer: Reducer = token_mean,
+) -> Objective:
+    """Optimal-transport alignment (`losses.preferences.aot`). Sorts over the batch, which must not be split."""
+    _smoothing_below_half(label_smoothing)
+
+    def loss(found: Ratios, batch: PairBatch) -> jax.Array:
+        mask = (batch.pairs > 0).astype(jnp.float32)
+        if unpaired:
+            return preferences.aot(*found.score, mask, beta, label_smoothing)
+        gap = lambda answers: answers.chosen - answers.rejected
+        return preferences.aot(gap(found.policy), gap(found.reference), mask, beta, label_smoothing)
+
+    name = "aot_unpaired" if unpaired else "aot"
+    return pair_term(name, loss, ratio, beta=beta, reducer=reducer, couples_rows=True)
+
+
+def simpo(beta: float = 2.0, *, gamma: float = 1.0, reducer: Reducer = token_mean) -> Objective:
+    """SimPO (Meng et al., arXiv:2405.14734): `-log sigmoid(beta gap of means - gamma)`, no reference.
+
+    The paper's gamma is 0.3 to 0.5 of beta; TRL's default (beta 0.1, gamma 0.5) is not its setting.
+    """
+    how = LogRatio(reference=None, mean=True)
+    loss = lambda found, batch: preferences.logistic(found.score.chosen - found.score.rejected - gamma / beta, beta)
+    return pair_term("simpo", loss, how, beta=beta, reducer=reducer)
+
+
+def alphapo(
+    beta: float = 2.0, *, gamma: float = 1.0, alpha: float = 0.25, reducer: Reducer = token_mean
+) -> Objective:
+    """AlphaPO (arXiv:2501.03884): SimPO with `losses.preferences.alpha_score` of the means."""
+
+    def loss(found: Ratios, batch: PairBatch) -> jax.Array:
+        chosen, rejected = (preferences.alpha_score(score, alpha) for score in found.score)
+        return preferences.logistic(chosen - rejected - gamma / beta, beta)
+
+    return pair_term("alphapo", loss, LogRatio(reference=None, mean=True), beta=beta, reducer=reducer)
+
+
+def cpo(
+    beta: float = 0.1, *, alpha: float = 1.0, label_smoothing: float = 0.0, reducer: Reducer = token_mean
+) -> Objective:
+    """CPO (Xu et al., arXiv:2401.08417): DPO without a reference, and `alpha` times the chosen answers' NLL."""
+    preference = dpo(beta, label_smoothing=label_smoothing, ratio=LogRatio(reference=None), reducer=reducer)
+    return preference.named("cpo") + alpha * chosen_nll(reducer=reducer)
+
+
+def orpo(beta: float = 0.1, *, reducer: Reducer = token_mean) -> Objective:
+    """ORPO (Hong et al., arXiv:2403.07691): NLL of prompt and chosen answer, and `beta` times the odds ratio's loss."""
+
+    def loss(found: Ratios, batch: PairBatch) -> jax.Array:
+        return preferences.logistic(preferences.log_odds_ratio(*found.score), 1.0)
+
+    odds = pair_term("odds_ratio", loss, LogRatio(reference=None, mean=True), beta=beta, reducer=reducer)
+    return chosen_nll(prompt=True, reducer=reducer) + beta * odds
+
+
+@term
+def chosen_nll(outputs: Outputs, batch: PairBatch, prompt: bool = False) -> Any:
+    """Negative log-likelihood of the chosen answers, and of their prompts if asked, mean over their tokens."""
+    chosen = (batch.segments % 2 == 1).astype(jnp.float32)
+    return -outputs.logprobs, chosen * (_has_target(batch) if prompt else batch.mask)
+
+
+@term
+def unlikelihood(outputs: Outputs, batch: PairBatch) -> Any:
+    """`-log(1 - p)` of the tokens of rejected answers (`losses.preferences.unlikelihood`), mean over them."""
+    rejected = ((batch.segments > 0) & (batch.segments % 2 == 0)).astype(jnp.float32)
+    return preferences.unlikelihood(outputs.logprobs), rejected * batch.mask
+
+
+def _has_target(batch: Batch) -> jax.Array:
+    """float32 [B, T], 1 where the next token of the same sequence follows."""
+    following = jnp.concatenate([batch.segments[:, 1:], jnp.zeros_like(batch.segments[:, :1])], axis=1)
+    return ((batch.segments > 0) & (batch.segments == following)).astype(jnp.float32)
+
+
+def kto(
+    beta: float = 0.1,
+    *,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    reference_point: bool = True,
+    ratio: LogRatio = LogRatio(),
+    reducer: Reducer = token_mean,
+) -> Objective:
+    """KTO (`losses.preferences.kto`) on answers that are liked or not, `batch.desirable`.
+
+    The reference point is the mean log-ratio of answers to other prompts, at least 0, over the whole batch, which
+    must not be split. Without it, this is TRL's apo_zero_unpaired.
+    """
+
+    def function(outputs: Outputs, batch: PairBatch, *others: Outputs) -> Any:
+        found = log_ratios(outputs, batch, others[0] if others else None, ratio)
+        if batch.desirable is None:
+            raise UserError("KTO needs answers marked as liked or not; make batches with lmjax.data.answer_batch.")
+        answers, mismatched = found.score
+        liked, there = batch.desirable, batch.pairs
+        kl: jax.Array | float = 0.0
+        if reference_point:
+            kl = jnp.maximum(over_all(mismatched, there), 0.0)
+        weights = jnp.where(liked > 0, desirable_weight, undesirable_weight)
+        values = weights * preferences.kto(answers, liked, kl, beta)
+        reward = beta * jax.lax.stop_gradient(answers)
+        metrics = {
+            "rewards/chosen": over_pairs(reward, there * liked),
+            "rewards/rejected": over_pairs(reward, there * (1 - liked)),
+            "logps/chosen": over_pairs(found.policy.chosen, there * liked),
+            "logps/rejected": over_pairs(found.policy.chosen, there * (1 - liked)),
+        }
+        if reference_point:
+            metrics["kl"] = (jax.lax.stop_gradient(jnp.asarray(kl)), jnp.ones(()))
+        if not reference_point:
+            return *over_pairs(values, there), metrics
+        return over_all(values, there), (jnp.sum(there) > 0).astype(jnp.float32), metrics
+
+    name = "kto" if reference_point else "apo_zero_unpaired"
+    return Objective(((1.0, Term(name, function, reducer, ratio.roles, couples_rows=reference_point)),))
+
+
+def over_all(values_BP: jax.Array, weights_BP: jax.Array) -> jax.Array:
+    """The weighted mean over the batch, []."""
+    total = jnp.sum(jnp.where(weights_BP != 0, values_BP, 0.0) * weights_BP)
+    return total / jnp.maximum(jnp.sum(weights_BP), 1e-12)
