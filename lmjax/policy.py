@@ -34,6 +34,7 @@ class Policy:
     Attributes:
       model: a model, or the config of one.
       chunk_elements: the most logits (float32 numbers) that exist at once when log-probabilities are taken.
+      embedding_noise: NEFTune's alpha: noise on the embeddings in training (`models.noise`); 0 for none.
 
     >>> import numpy as np, lmjax as lm
     >>> policy = lm.Policy(lm.models.bigram(vocab_size=4))
@@ -45,10 +46,15 @@ class Policy:
 
     model: Any
     chunk_elements: int = 2**24
+    embedding_noise: float = 0.0
 
     def __post_init__(self) -> None:
         if type(self.model) in _BUILDERS:
             object.__setattr__(self, "model", build_model(self.model))
+        if self.embedding_noise < 0 or (self.embedding_noise and isinstance(self.config, BigramConfig)):
+            raise UserError(
+                f"embedding_noise is {self.embedding_noise}; give 0, or a positive number for a model with embeddings."
+            )
 
     @property
     def config(self) -> ModelConfig:
@@ -106,11 +112,14 @@ class Request:
       statistics: names out of `losses.logits.STATISTICS`.
       maps: (function of rows of logits, names of the other roles whose logits it takes), in the order they are read.
       logits: whether all logits are read as they are, so that statistics can be taken of those.
+      layers, attentions: the layers of which `Outputs.layer` and `Outputs.attention` are read.
     """
 
     statistics: frozenset[str] = frozenset()
     maps: tuple[tuple[Callable[..., jax.Array], tuple[str, ...]], ...] = ()
     logits: bool = False
+    layers: frozenset[int] = frozenset()
+    attentions: frozenset[int] = frozenset()
 
 
 class Outputs:
@@ -137,21 +146,95 @@ class Outputs:
         self.batch = batch
         self._rng = rng
         self._train = train
-        self._request = Request(frozenset(STATISTICS))
+        self._request, self._declared = Request(frozenset(STATISTICS)), False
         self._peers: dict[str, Outputs] = {}
         self._maps_read = 0
 
     def expecting(self, request: Request, peers: dict[str, Outputs]) -> Outputs:
         """Declares what will be read. Without this, the first statistic that is read computes all of them."""
-        self._request, self._peers = request, peers
+        self._request, self._peers, self._declared = request, peers, True
         return self
+
+    @property
+    def config(self) -> ModelConfig:
+        """Of the model."""
+        return self.policy.config
 
     @functools.cached_property
     def _model(self) -> ModelOutputs:
+        return self._forward(self._request.layers, self._request.attentions)
+
+    def _forward(self, layers: Iterable[int], attentions: Iterable[int]) -> ModelOutputs:
         batch = self.batch
+        kinds = {"collect": layers, "attentions": attentions}
+        wanted: dict[str, Any] = {kind: tuple(sorted(numbers)) for kind, numbers in kinds.items() if numbers}
+        if self._train and self.policy.embedding_noise:
+            wanted["embedding_noise"] = self.policy.embedding_noise
         return self.policy.model.apply(
-            self.variables, batch.tokens, batch.segments, batch.positions, rng=self._rng, train=self._train
+            self.variables, batch.tokens, batch.segments, batch.positions, rng=self._rng, train=self._train, **wanted
         )
+
+    def layer(self, number: int) -> jax.Array:
+        """The residual stream [B, T, D] after so many layers: 0 for the embeddings. The final norm comes later.
+
+        A read that was not declared (`expecting`) costs a forward of its own.
+
+        Raises:
+          UserError: see `check_layer`.
+        """
+        self.check_layer(number)
+        return self._of_layer("layers", number)
+
+    def attention(self, number: int) -> jax.Array:
+        """Scores of the n-th layer (from 1) before the softmax: float32 [B, H, T, T], -inf where a key is not seen.
+
+        They are computed once more for who reads them: attention itself never holds them. Declared as in `layer`.
+
+        Raises:
+          UserError: see `check_layer`; or prefixes, which are no tokens of the batch.
+        """
+        self.check_layer(number, attention=True)
+        return self._of_layer("attentions", number)
+
+    def _of_layer(self, kind: str, number: int) -> jax.Array:
+        if number in getattr(self._request, kind):
+            return getattr(self._model, kind)[number]
+        if self._declared:
+            raise RuntimeError(f"{kind} of layer {number} were read, but not when the objective was traced: a term "
+                               "must read the same outputs every time it is called.")
+        read = {"layers": (), "attentions": ()} | {kind: (number,)}
+        return getattr(self._forward(**read), kind)[number]
+
+    def check_layer(self, number: int, attention: bool = False) -> None:
+        """Checks that a single layer can be read.
+
+        Raises:
+          UserError: the model has no such layer, or its layers are scanned.
+        """
+        config = self.config
+        if not isinstance(config, DecoderConfig):
+            raise UserError(f"a {type(config).__name__} has no layers to read; use a decoder, or read its logits.")
+        if config.scanned:
+            raise UserError("what single layers do can only be read with layers='unrolled'; change the model's config.")
+        if not int(attention) <= number <= config.num_layers:
+            what = "attention of" if attention else "stream after"
+            raise UserError(
+                f"the {what} layer {number} is asked for; this model counts from {int(attention)} to "
+                f"{config.num_layers}."
+            )
+        if attention and (found := {"prefix", "prompt", "prefix_network"} & set(self.variables)):
+            raise UserError(f"attention is compared between tokens, and these variables hold a {min(found)}; merge it "
+                            "or leave it out.")
+
+    def collection(self, name: str) -> Any:
+        """A collection of the variables that belongs to a term and that no layer reads.
+
+        Raises:
+          UserError: the variables lack it.
+        """
+        if name not in self.variables:
+            raise UserError(f"these variables have no {name!r}; add one, as lmjax.policy.add_{name}(...) does.")
+        return self.variables[name]
 
     @property
     def hidden(self) -> jax.Array:
@@ -253,6 +336,16 @@ def add_value_head(variables: Variables, key: jax.Array | None = None, std: floa
     hidden_dim = _embedding_width(variables["params"])
     kernel = jnp.zeros((hidden_dim, 1)) if key is None else std * jax.random.normal(key, (hidden_dim, 1))
     return variables | {"value": {"kernel": kernel, "bias": jnp.zeros((1,))}}
+
+
+def add_projection(variables: Variables, width: int, key: jax.Array) -> Variables:
+    """Adds the "projection" collection: a linear map from hidden states to a teacher's `width`, as in TinyBERT.
+
+    Train it beside "params"; it is not part of the model. See `lmjax.objectives.hidden_states`.
+    """
+    hidden_dim = _embedding_width(variables["params"])
+    kernel = hidden_dim**-0.5 * jax.random.normal(key, (hidden_dim, width))
+    return variables | {"projection": {"kernel": kernel}}
 
 
 def _embedding_width(params: Variables) -> int:

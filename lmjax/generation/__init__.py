@@ -14,6 +14,7 @@ __getattr__, __dir__, __all__ = attach(
         "drafters",
         "engine",
         "grammars",
+        "on_policy",
         "processors",
         "sampler",
         "sampling",
@@ -31,6 +32,7 @@ __getattr__, __dir__, __all__ = attach(
         "drafters": ["draft_model", "early_exit", "prompt_lookup"],
         "decoding": ["prepare"],
         "grammars": ["json_schema", "json_object", "regex", "lark"],
+        "on_policy": ["continued_batch"],
         "constraints": ["from_callable"],
         "processors": [
             "custom", "guide", "sequence_bias", "logit_bias", "repetition_penalty", "frequency_penalty",

@@ -4,7 +4,7 @@ from lmjax._lazy import attach
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
-    submodules=("divergences", "fused", "logits", "slices", "tokens", "vocabulary"),
+    submodules=("divergences", "fused", "logits", "matching", "slices", "tokens", "vocabulary"),
     names={
         "divergences": [
             "forward_kl",
@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = attach(
         ],
         "fused": ["token_loss"],
         "logits": ["STATISTICS", "Head", "logits_of"],
+        "matching": ["attention_difference", "cosine_distance", "mean_squared_difference"],
         "tokens": ["smoothed_cross_entropy"],
         "vocabulary": ["map_vocabulary", "token_statistics"],
     },

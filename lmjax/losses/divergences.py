@@ -46,8 +46,23 @@ def jensen_shannon(logits: jax.Array, other: jax.Array, beta: float = 0.5) -> ja
 
 def top_k_kl(logits: jax.Array, other: jax.Array, k: int) -> jax.Array:
     """KL(q || p) restricted to the other model's k likeliest tokens, both renormalised over them."""
+    return forward_kl(*top_k_of_other(logits, other, k))
+
+
+def top_k_of_other(logits: jax.Array, other: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """Both logits at the k likeliest tokens of the other model."""
     top, indices = jax.lax.top_k(other, k)
-    return forward_kl(jnp.take_along_axis(logits, indices, axis=-1), top)
+    return jnp.take_along_axis(logits, indices, axis=-1), top
+
+
+def same_likeliest(logits: jax.Array, other: jax.Array) -> jax.Array:
+    """1 where some token is the likeliest of both, else 0; float32, without gradient.
+
+    >>> same_likeliest(jnp.array([[1.0, 2.0], [1.0, 2.0]]), jnp.array([[0.0, 5.0], [3.0, 1.0]])).tolist()
+    [1.0, 0.0]
+    """
+    top = lambda z: z >= jnp.max(z, axis=-1, keepdims=True)  # cheaper than an argmax on CPU
+    return jax.lax.stop_gradient(jnp.any(top(logits) & top(other), axis=-1).astype(jnp.float32))
 
 
 def kl_estimate(logprobs: jax.Array, other_logprobs: jax.Array, estimator: KLEstimator) -> jax.Array:

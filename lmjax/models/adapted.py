@@ -91,6 +91,21 @@ def prefix_length(variables: Variables) -> tuple[int, Any]:
     return length, jnp.sum(visible, axis=1, keepdims=True, dtype=jnp.int32)
 
 
+# What has the rows of a batch in front where each has its own -> its dimensions then.
+_OF_ROWS = {"rows": 2, "input": 2, "output": 2, "keys": 4, "embedding": 3}
+
+
+def chosen_rows(variables: Variables) -> int | None:
+    """For how many rows adapters were chosen one by one (`lmjax.adapters.choose`); None if they serve every row."""
+    kinds = {kind: variables[kind] for kind in ("lora", "dora", "ia3", "prefix", "prompt") if kind in variables}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(kinds):
+        names = [entry.key for entry in path]
+        dimensions = _OF_ROWS.get(names[-1])
+        if dimensions is not None and leaf.ndim - (layout.STACKED in names) == dimensions:
+            return int(leaf.shape[-dimensions])
+    return None
+
+
 def has_dropout(variables: Variables) -> bool:
     """Whether an adapter of the layers drops some of its input while it trains."""
     paths = jax.tree_util.tree_leaves_with_path({k: variables[k] for k in ("lora", "dora") if k in variables})
@@ -105,14 +120,17 @@ _OF_KERNEL: tuple[tuple[str, Callable[[Axes], Axes]], ...] = (
     (r"(.+)/(magnitude|output|constant/norm)", lambda kernel: (kernel[1],)),
     (r"(.+)/input", lambda kernel: (kernel[0],)),
     (r"(.+)/codes", lambda kernel: (kernel[1], kernel[0])),
-    (r"(.+)/scales", lambda kernel: (kernel[1], kernel[0])),
+    (r"(.+)/scales", lambda kernel: (kernel[1], None)),  # a byte for 64 inputs: whole blocks need not divide
 )
 _OF_ITSELF: tuple[tuple[str, Axes], ...] = (
     (r"attention/(keys|values)", ("kv_heads", None, None)),
     (r"(attention|mlp)/[a-z]+_[a-z]+/down/kernel", ("embed", None)),
     (r"(attention|mlp)/[a-z]+_[a-z]+/up/kernel", (None, "embed")),
 )
-_WHOLE = ("lora", "dora", "ia3", "bottleneck", "prefix", "prompt", "prefix_network", "nf4", "int8", "value")
+_WHOLE = (
+    *("lora", "dora", "ia3", "bottleneck", "prefix", "prompt", "prefix_network"),
+    *("nf4", "int8", "value", "projection"),
+)
 
 
 def logical_axes(collection: str, path: str, ndim: int, table: Sequence[tuple[str, Axes]]) -> Axes | None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from lmjax.errors import UserError
 from lmjax.losses.logits import Head
 from lmjax.models import adapted, layout
+from lmjax.models.noise import neftune
 from lmjax.modules.attention import Context, Write, attention_mask
 from lmjax.modules.block import Block, norm_like
 from lmjax.modules.cache import CacheSpec, Dense, LayerCache, put
@@ -32,12 +33,15 @@ class ModelOutputs(NamedTuple):
       aux: named scalars a layer wants trained on (router losses); empty for dense models.
       cache: the updated cache, or None.
       layers: {n: [B, T, D]}, the residual stream after n layers (0: the embeddings) for each n asked for; or None.
+      attentions: {n: float32 [B, H, T, S]}, scores of the n-th layer (from 1) before the softmax, -inf where a query
+        does not see a key, for each n asked for; or None.
     """
 
     hidden: jax.Array
     aux: dict[str, jax.Array]
     cache: Any = None
     layers: Any = None
+    attentions: Any = None
 
 
 # Leaf path (without its collection and layer) -> logical axes. The table of a model beside its code.
@@ -143,7 +147,7 @@ class Decoder:
         cache = self.init_cache(B, P, slack=P)
         contexts, cache = self._write(cache, jnp.ones_like(positions), positions)
         x_ND = self._embed(variables, rows, positions).reshape(B * P, D)
-        _, caches, _ = self._layers(variables, cache, x_ND, contexts, None, ())
+        _, caches, *_ = self._layers(variables, cache, x_ND, contexts, None)
 
         def leaf(x: jax.Array) -> jax.Array:
             x = x if x_PD.ndim == 3 else x[0]
@@ -168,18 +172,25 @@ class Decoder:
         rng: jax.Array | None = None,
         train: bool = False,
         collect: tuple[int, ...] = (),
+        attentions: tuple[int, ...] = (),
+        embedding_noise: float = 0.0,
     ) -> ModelOutputs:
         """Hidden states of every token, and the updated cache if the variables hold one.
 
-        `collect` numbers the layers whose residual streams are wanted too (unrolled layers only).
+        `collect` numbers the layers whose residual streams are wanted too, `attentions` those whose scores are (see
+        `ModelOutputs`; unrolled layers only).
+
+        `embedding_noise` is the alpha of `models.noise.neftune`.
 
         Raises:
-          UserError: dropout without an `rng`, or more tokens than learned positions.
+          UserError: dropout or noise without an `rng`, or more tokens than learned positions.
         """
         config = self.config
         dropping = train and (config.dropout > 0 or adapted.has_dropout(variables))
         if dropping and rng is None:
             raise UserError("this model has dropout: training needs an rng; pass policy(..., rng=key, train=True).")
+        if embedding_noise and rng is None:
+            raise UserError("noise on the embeddings needs an rng; pass policy(..., rng=key, train=True).")
         variables = self.resolve(variables)
         params = variables["params"]
         cache = variables.get("cache")
@@ -187,7 +198,10 @@ class Decoder:
         self._check_length(length + tokens_BT.shape[1])
         positions_BT = positions_BT + offset
         table_VD = constrain(params["embed"]["embedding"], ("vocab", None))
-        x_BTD = self._embed(variables, jnp.take(table_VD, tokens_BT, axis=0), positions_BT)
+        x_BTD = jnp.take(table_VD, tokens_BT, axis=0)
+        if embedding_noise:
+            x_BTD = neftune(jax.random.fold_in(rng, config.num_layers + 1), x_BTD, segments_BT, embedding_noise)
+        x_BTD = self._embed(variables, x_BTD, positions_BT)
         B, T, D = x_BTD.shape
         x_ND = constrain(x_BTD.reshape(B * T, D), ("batch", None))
         if dropping and config.dropout > 0:
@@ -198,13 +212,15 @@ class Decoder:
             contexts = self._contexts(segments_BT, positions_BT, (segments_BT, positions_BT))
         else:
             contexts, cache = self._write(cache, segments_BT, positions_BT)
-        x_ND, layer_caches, streams = self._layers(variables, cache, x_ND, contexts, rng if dropping else None, collect)
+        x_ND, layer_caches, streams, scores = self._layers(
+            variables, cache, x_ND, contexts, rng if dropping else None, collect, attentions
+        )
         if cache is not None:
             cache = cache | layer_caches
         if config.norm_position != "post":
             x_ND = self._final_norm().apply({"params": params["final_norm"]}, x_ND)
         layers = {number: stream.reshape(B, T, D) for number, stream in streams.items()} or None
-        return ModelOutputs(x_ND.reshape(B, T, D), {}, cache, layers)
+        return ModelOutputs(x_ND.reshape(B, T, D), {}, cache, layers, scores or None)
 
     def head(self, variables: Variables) -> Head:
         """The map from hidden states to logits."""
@@ -323,33 +339,45 @@ class Decoder:
         x_ND: jax.Array,
         contexts: tuple[Context, Context | None],
         rng: jax.Array | None,
-        collect: tuple[int, ...],
-    ) -> tuple[jax.Array, Variables, dict[int, jax.Array]]:
+        collect: tuple[int, ...] = (),
+        attentions: tuple[int, ...] = (),
+    ) -> tuple[jax.Array, Variables, dict[int, jax.Array], dict[int, jax.Array]]:
         config = self.config
         full, local = contexts
 
         def layer(
-            x_ND: jax.Array, own: Variables, layer_cache: LayerCache | None, context: Context, index: jax.Array | int
-        ) -> tuple[jax.Array, LayerCache | None]:
+            x_ND: jax.Array,
+            own: Variables,
+            layer_cache: LayerCache | None,
+            context: Context,
+            index: jax.Array | int,
+            mutable: tuple[str, ...] = (),
+        ) -> tuple[jax.Array, LayerCache | None, Variables]:
             rngs = None if rng is None else {"dropout": jax.random.fold_in(rng, index)}
-            x_ND, layer_cache = Block(config).apply(own, x_ND, context, layer_cache, rng is not None, rngs=rngs)
-            return constrain(x_ND, ("batch", None)), layer_cache
+            (x_ND, layer_cache), kept = Block(config).apply(
+                own, x_ND, context, layer_cache, rng is not None, rngs=rngs, mutable=mutable
+            )
+            return constrain(x_ND, ("batch", None)), layer_cache, kept
 
-        layer = REMAT[config.remat](layer)
+        plain, showing = (REMAT[config.remat](functools.partial(layer, mutable=m)) for m in ((), ("intermediates",)))
         collections = {name: tree for name, tree in variables.items() if name != "cache"}
         if not config.scanned:
             caches: Variables = {}
-            streams = {0: x_ND}
+            streams, scores = {0: x_ND}, {}
             for index in range(config.num_layers):
                 name = layout.layer_name(index)
                 own = {c: tree[name] for c, tree in collections.items() if name in tree}
                 context = local if local is not None and config.windowed(index) else full
-                x_ND, caches[name] = layer(x_ND, own, cache[name] if cache else None, context, index)
+                shown = index + 1 in attentions
+                run = showing if shown else plain
+                x_ND, caches[name], kept = run(x_ND, own, cache[name] if cache else None, context, index)
                 streams[index + 1] = x_ND
-            return x_ND, caches, {number: streams[number] for number in collect}
+                if shown:
+                    scores[index + 1] = kept["intermediates"]["attention"]["scores"]
+            return x_ND, caches, {number: streams[number] for number in collect}, scores
 
-        if collect:
-            raise UserError("the streams of single layers need layers='unrolled'; change the config.")
+        if collect or attentions:
+            raise UserError("what single layers do can only be read with layers='unrolled'; change the config.")
         own = {c: tree[layout.STACKED] for c, tree in collections.items() if layout.STACKED in tree}
         windowed = jnp.asarray([config.windowed(index) for index in range(config.num_layers)])
 
@@ -361,9 +389,9 @@ class Decoder:
                 context = full._replace(
                     mask=pick(local.mask, full.mask), rope=jax.tree.map(pick, local.rope, full.rope)
                 )
-            return layer(x_ND, own, layer_cache, context, index)
+            return plain(x_ND, own, layer_cache, context, index)[:2]
 
         swap = functools.partial(jax.tree.map, lambda leaf: jnp.moveaxis(leaf, 0, 1))
         layer_caches = swap(cache[layout.STACKED]) if cache else None
         x_ND, caches = jax.lax.scan(body, x_ND, (own, layer_caches, windowed, jnp.arange(config.num_layers)))
-        return x_ND, {layout.STACKED: swap(caches)} if cache else {}, {}
+        return x_ND, {layout.STACKED: swap(caches)} if cache else {}, {}, {}

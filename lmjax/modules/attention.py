@@ -125,17 +125,16 @@ def attend(
         soft = lambda scores: scores if softcap is None else softcap * jnp.tanh(scores / softcap)
         scores = soft(_batched(part, key[:, :, :seen], 3, 3))
         scores = scores + jnp.tile(bias[:, :, start:stop, :seen], (1, 1, H // G if T > 1 else 1, 1))
+        out = _batched(jax.nn.softmax(scores, axis=-1).astype(value.dtype), value[:, :, :seen], 3, 2)
         if prefix is not None:
-            # Scores are put side by side, not keys: those of a cache would be copied for every token.
+            # All that a query sees besides counts as one key more, so that rows without a prefix keep their bits: hence
+            # the barrier, behind which the softmax above is compiled as it is alone.
             before = soft(_grouped(part, prefix.keys.astype(part.dtype), "bgmk,gpk->bgmp"))
             if prefix.visible is not None:
                 before = jnp.where(prefix.visible[:, None, None, :], before, -jnp.inf)
-            scores = jnp.concatenate([before, scores], axis=-1)
-        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-        extra = 0 if prefix is None else prefix.keys.shape[-2]
-        out = _batched(weights[..., extra:], value[:, :, :seen], 3, 2)
-        if prefix is not None:
-            out = out + _grouped(weights[..., :extra], prefix.values.astype(weights.dtype), "bgmp,gpk->bgmk")
+            own = jax.nn.logsumexp(jax.lax.optimization_barrier(scores), axis=-1, keepdims=True)
+            share, weights = jnp.split(jax.nn.softmax(jnp.concatenate([own, before], axis=-1), axis=-1), [1], axis=-1)
+            out = share * out + _grouped(weights.astype(value.dtype), prefix.values.astype(value.dtype), "bgmp,gpk->bgmk")
         return out.reshape(B, G, H // G, stop - start, K)
 
     count = max(1, min(4, T // 64)) if index_causal else 1
@@ -156,6 +155,21 @@ def _grouped(a: jax.Array, b: jax.Array, dimensions: str) -> jax.Array:
     if b.ndim == 4:
         dimensions = dimensions.replace(",g", ",bg")
     return jnp.einsum(dimensions, a, b, preferred_element_type=jnp.float32)
+
+
+def attention_scores(
+    query: jax.Array, key: jax.Array, mask: jax.Array, *, scale: float, softcap: float | None = None
+) -> jax.Array:
+    """What the softmax makes weights of: float32 [B, H, T, S], -inf where a query does not see a key.
+
+    Arguments as in `attend`, which never holds them all.
+    """
+    B, T, H, K = query.shape
+    G = key.shape[1]
+    query = (query * scale).reshape(B, T, G, H // G, K)
+    scores = jnp.einsum("btgrk,bgsk->bgrts", query, key, preferred_element_type=jnp.float32)
+    scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+    return jnp.where(mask, scores.reshape(B, H, T, -1), -jnp.inf)
 
 
 class Attention(nn.Module):
@@ -195,17 +209,24 @@ class Attention(nn.Module):
             else:
                 old_key, old_value = cache.read(query.dtype)
                 key, value = jnp.concatenate([old_key, key], axis=2), jnp.concatenate([old_value, value], axis=2)
+        if self.is_mutable_collection("intermediates"):  # someone asked to see them
+            score = functools.partial(attention_scores, scale=self._scale, softcap=config.attention_softcap)
+            self.put_variable("intermediates", "scores", score(query, key, context.mask))
         attended = self._attend(query, key, value, context.mask, cached=cache is not None)
         output = Dense(
             config.embed_dim, config.output_bias, output_std(config), config.dtype, name="output"
         )(attended.reshape(B * T, H * K))
         return output, written
 
+    @property
+    def _scale(self) -> float:
+        config = self.config
+        return config.head_width**-0.5 if config.query_scale is None else config.query_scale
+
     def _attend(
         self, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, cached: bool
     ) -> jax.Array:
-        config = self.config
-        scale = config.head_width**-0.5 if config.query_scale is None else config.query_scale
+        config, scale = self.config, self._scale
         kernel, _ = implementation(config, jax.default_backend())
         prefix = attention_prefix(self)
         if kernel == "cudnn" and not cached and prefix is None:

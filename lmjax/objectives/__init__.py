@@ -4,10 +4,11 @@ from lmjax._lazy import attach
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
-    submodules=("algebra", "evaluation", "reducers", "terms", "tracing"),
+    submodules=("algebra", "evaluation", "matching", "reducers", "terms", "tracing"),
     names={
         "algebra": ["Objective", "Role", "Term", "term"],
         "evaluation": ["Evaluation", "evaluate", "finalize", "term_weights"],
+        "matching": ["attention_maps", "hidden_states"],
         "reducers": [
             "Reducer",
             "constant_horizon",

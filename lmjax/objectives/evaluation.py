@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -131,9 +132,9 @@ def term_weights(
             raise UserError(f"term {label!r} {reason}, so the batch cannot be split under it; set microbatches=1.")
         batch = batches[stream]
         empty = {name: jnp.zeros(batch.tokens.shape) for name in STATISTICS}
-        shapes = _shapes(policy, variables, batch, roles)
+        shapes, outputs = _shapes(policy, variables, batch, roles), _outputs(policy, variables, batch, roles)
         views = {
-            role: View(role, batch, empty, dataclasses.replace(seen.probe, shapes=shapes))
+            role: View(role, batch, empty, dataclasses.replace(seen.probe, shapes=shapes, outputs=outputs))
             for role in ("policy", *term.roles)
         }
         _, mask, _ = call(term, views, batch)
@@ -177,6 +178,7 @@ def _outputs(
 def _shapes(policy: Policy, variables: Variables, batch: Batch, roles: Mapping[str, Role]) -> Any:
     """(role, field) -> shapes of that field of the role's outputs."""
 
+    @functools.cache
     def shapes(role: str, field: str) -> Any:
         def read(variables: Variables, batch: Batch) -> Any:
             return getattr(_outputs(policy, variables, batch, roles)[role], field)
@@ -190,8 +192,10 @@ def _trace(
     objective: Objective, policy: Policy, variables: Variables, batches: Streams, roles: Mapping[str, Role]
 ) -> list[Trace]:
     streams = objective.streams(batches)
+    shapes = {name: _shapes(policy, variables, batches[name], roles) for name in set(streams)}
+    outputs = {name: _outputs(policy, variables, batches[name], roles) for name in set(streams)}
     return [
-        trace(term, batches[stream], _shapes(policy, variables, batches[stream], roles))
+        trace(term, batches[stream], shapes[stream], outputs[stream])
         for (_, term), stream in zip(objective.terms, streams, strict=True)
     ]
 

@@ -102,31 +102,49 @@ def divergence(
 
 
 def distillation(
-    role: str = "teacher", *, temperature: float = 1.0, top_k: int | None = None, reducer: Reducer = token_mean
+    role: str = "teacher",
+    *,
+    beta: float = 0.0,
+    temperature: float = 1.0,
+    scaled: bool = True,
+    top_k: int | None = None,
+    reducer: Reducer = token_mean,
 ) -> Objective:
-    """Cross-entropy to a teacher's softened distribution, less its entropy: `t^2 KL(teacher_t || student_t)`.
+    """Divergence from a teacher's softened distribution, by default `t^2 KL(teacher_t || student_t)`.
 
-    The factor t^2 keeps gradients of one size as the temperature changes (arXiv:1503.02531).
+    That is the cross-entropy to the teacher (arXiv:1503.02531) less its entropy, whose gradient is 0. With `beta` it is
+    GKD's family (arXiv:2306.13649). The metric "agreement" is the share of tokens where both have one likeliest token.
 
     Args:
-      role: the teacher's role.
+      role: the teacher's role; its vocabulary must be the student's.
+      beta: 0 for KL(teacher || student), 1 for KL(student || teacher), and between them the generalised Jensen-Shannon
+        divergence `beta KL(teacher || m) + (1 - beta) KL(student || m)`, `m = (1 - beta) student + beta teacher`, which
+        itself goes to 0 at both ends: the family jumps there.
       temperature: t, divides both logits.
+      scaled: whether there is the factor t^2, which keeps gradients of one size as t changes. GKD has none.
       top_k: compare on the teacher's k likeliest tokens only, both renormalised.
       reducer: see `lmjax.objectives.reducers`.
     """
+    if not 0.0 <= beta <= 1.0:
+        raise UserError(f"beta is {beta}; give a number from 0 to 1.")
     if temperature <= 0:
         raise UserError(f"distillation temperature is {temperature}; give a positive number.")
     if top_k is not None and top_k < 1:
         raise UserError(f"top_k is {top_k}; give at least 1 token, or None for the whole vocabulary.")
 
+    ends = {0.0: divergences.forward_kl, 1.0: divergences.reverse_kl}
+    between = lambda own, teacher: divergences.jensen_shannon(own, teacher, beta)
+    measure, factor = ends.get(beta, between), temperature**2 if scaled else 1.0
+
     def rows(own: Any, teacher: Any) -> Any:
-        own, teacher = own / temperature, teacher / temperature
-        if top_k is None:
-            return temperature**2 * divergences.forward_kl(own, teacher)
-        return temperature**2 * divergences.top_k_kl(own, teacher, top_k)
+        if top_k is not None:
+            own, teacher = divergences.top_k_of_other(own, teacher, top_k)
+        return factor * measure(own / temperature, teacher / temperature)
 
     def function(outputs: Any, batch: Batch, teacher: Any) -> Any:
-        return outputs.map_logits(rows, teacher), batch.mask
+        values = outputs.map_logits(rows, teacher)
+        agreement = outputs.map_logits(divergences.same_likeliest, teacher)
+        return values, batch.mask, {"agreement": (agreement, batch.mask)}
 
     return _objective(f"distillation_{role}", function, reducer, (role,))
 

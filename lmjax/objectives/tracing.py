@@ -9,7 +9,7 @@ the outputs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,8 +20,9 @@ from jax.extend import core as jex
 from lmjax.batch import Batch
 from lmjax.errors import UserError
 from lmjax.losses.logits import STATISTICS
+from lmjax.models.config import DecoderConfig, ModelConfig
 from lmjax.objectives.algebra import Term
-from lmjax.policy import Request
+from lmjax.policy import Outputs, Request
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
@@ -64,10 +65,44 @@ class View:
         if self._probe is None or name.startswith("_"):
             raise AttributeError(name)
         self._probe.other_fields.add((self.role, name))
-        # Adding a traced zero makes whatever follows depend on the outputs, as it would with real ones.
+        return self._empty(self._probe.shapes(self.role, name))
+
+    def _empty(self, shapes: Any) -> Any:
+        """Zeros of some shapes. They are made so that whatever follows depends on the outputs, as it would."""
         zero = self._statistics["logprobs"].reshape(-1)[0] * 0
-        shapes = self._probe.shapes(self.role, name)
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype) + zero.astype(s.dtype), shapes)
+
+    def _whole(self, field: str) -> tuple[Probe, Outputs]:
+        """The probe, and the outputs that are stood for, where what is read of them is more than a slice holds."""
+        if self._probe is None or self.role not in self._probe.outputs:
+            raise AttributeError(field)
+        return self._probe, self._probe.outputs[self.role]
+
+    @property
+    def config(self) -> ModelConfig:
+        return self._whole("config")[1].config
+
+    def check_layer(self, number: int, attention: bool = False) -> None:
+        self._whole("check_layer")[1].check_layer(number, attention)
+
+    def layer(self, number: int) -> jax.Array:
+        probe, outputs = self._whole("layer")
+        outputs.check_layer(number)
+        probe.layers.add((self.role, "layers", number))
+        return self._empty(probe.shapes(self.role, "hidden"))
+
+    def attention(self, number: int) -> jax.Array:
+        probe, outputs = self._whole("attention")
+        outputs.check_layer(number, attention=True)
+        probe.layers.add((self.role, "attentions", number))
+        config, (B, T) = outputs.config, self.batch.tokens.shape
+        assert isinstance(config, DecoderConfig)  # as was checked
+        return self._empty(jax.ShapeDtypeStruct((B, config.num_heads, T, T), jnp.float32))
+
+    def collection(self, name: str) -> Any:
+        probe, outputs = self._whole("collection")
+        probe.other_fields.add((self.role, name))
+        return self._empty(outputs.collection(name))
 
     def map_logits(self, function: Callable[..., jax.Array], *others: View) -> jax.Array:
         if self._probe is None:
@@ -87,12 +122,16 @@ class Probe:
       statistics: role -> names read.
       maps: role -> functions of rows of logits, with the roles they take.
       other_fields: (role, field) pairs read besides.
+      outputs: role -> the outputs that are stood for, of which nothing is computed.
+      layers: (role, "layers" or "attentions", number) of the single layers read.
     """
 
     shapes: Callable[[str, str], Any]
     statistics: dict[str, set[str]] = dataclasses.field(default_factory=dict)
     maps: dict[str, list[tuple[Callable[..., jax.Array], tuple[str, ...]]]] = dataclasses.field(default_factory=dict)
     other_fields: set[tuple[str, str]] = dataclasses.field(default_factory=set)
+    outputs: Mapping[str, Outputs] = dataclasses.field(default_factory=dict)
+    layers: set[tuple[str, str, int]] = dataclasses.field(default_factory=set)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,9 +175,11 @@ def call(term: Term, views: dict[str, Any], batch: Batch) -> tuple[jax.Array, ja
     return values, mask, metrics
 
 
-def trace(term: Term, batch: Batch, shapes: Callable[[str, str], Any]) -> Trace:
+def trace(
+    term: Term, batch: Batch, shapes: Callable[[str, str], Any], outputs: Mapping[str, Outputs] | None = None
+) -> Trace:
     """Traces a term on empty outputs. `batch` may hold arrays or tracers; only shapes are used."""
-    probe = Probe(shapes)
+    probe = Probe(shapes, outputs=outputs or {})
     statistics = _empty(term, batch.tokens.shape)
 
     def run(statistics: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -148,7 +189,7 @@ def trace(term: Term, batch: Batch, shapes: Callable[[str, str], Any]) -> Trace:
 
     closed = jax.make_jaxpr(run)(statistics, _abstract(batch))
     inputs = len(jax.tree.leaves(statistics))
-    plain = not probe.maps and not probe.other_fields
+    plain = not (probe.maps or probe.other_fields or probe.layers)
     return Trace(
         probe,
         token_program(term, batch) if plain else None,
@@ -212,7 +253,11 @@ def request(traces: list[Trace], role: str) -> Request:
         statistics |= found.probe.statistics.get(role, set())
         maps += found.probe.maps.get(role, [])
     logits = any((role, "logits") in found.probe.other_fields for found in traces)
-    return Request(frozenset(statistics), tuple(maps), logits)
+    single = {
+        kind: frozenset(n for found in traces for whose, what, n in found.probe.layers if (whose, what) == (role, kind))
+        for kind in ("layers", "attentions")
+    }
+    return Request(frozenset(statistics), tuple(maps), logits, **single)
 
 
 def _program(closed: Any, shape_BT: tuple[int, int]) -> Program | None:

@@ -15,6 +15,7 @@ from lmjax.batch import Batch
 from lmjax.models.config import ModelConfig
 from lmjax.models.decoder import Decoder, ModelOutputs
 from lmjax.objectives import Objective, Reducer, Role
+from lmjax.objectives import matching as M
 from lmjax.objectives import terms as T
 
 VOCAB = 16
@@ -70,6 +71,12 @@ TERMS: dict[str, Case] = {
     "js": _case(T.divergence, "reference", "js", beta=0.3, fused=False),
     "distillation": _case(T.distillation, "teacher", temperature=2.0, fused=False),
     "distillation_top_k": _case(T.distillation, "teacher", top_k=3, fused=False),
+    "distillation_reverse": _case(T.distillation, "teacher", beta=1.0, temperature=0.7, scaled=False, fused=False),
+    "distillation_js": _case(T.distillation, "teacher", beta=0.4, fused=False),
+    "hidden_cosine": _case(M.hidden_states, "teacher", fused=False),
+    "hidden_mse": _case(M.hidden_states, "teacher", "mse", layers="uniform", fused=False),
+    "attention_scores": _case(M.attention_maps, "teacher", fused=False),
+    "attention_probabilities": _case(M.attention_maps, "teacher", "probabilities", layers=((1, 1),), fused=False),
     "auxiliary": Case("auxiliary", lambda reducer: T.auxiliary("per_token", couples_rows=False), fused=False),
     "auxiliary_scalar": Case("auxiliary", lambda reducer: T.auxiliary("scalar"), fused=False, splits=False),
 }
@@ -98,9 +105,10 @@ class WithAuxiliary:
     def apply(self, variables: Any, *arguments: Any, **options: Any) -> ModelOutputs:
         delta = variables.get("delta", {"shift": 0.0})["shift"]
         plain = {name: tree for name, tree in variables.items() if name != "delta"}
-        hidden = self.inner.apply(plain, *arguments, **options).hidden + delta
+        found = self.inner.apply(plain, *arguments, **options)
+        hidden = found.hidden + delta
         per_token = jnp.mean(jnp.square(hidden), axis=-1)
-        return ModelOutputs(hidden, {"per_token": per_token, "scalar": jnp.mean(per_token)})
+        return found._replace(hidden=hidden, aux={"per_token": per_token, "scalar": jnp.mean(per_token)})
 
 
 def tiny_policy(*, chunk_elements: int = 2**24, **fields: Any) -> lm.Policy:

@@ -70,6 +70,9 @@ COUNTS = {
     "rows of logits": (_sum("reverse"), 2, 2 * 2 + 2),
     "rows of logits, many": (_sum("reverse", "forward", "js", "cross_entropy", "entropy"), 2, 2 * 2 + 2),
     "two roles": (_sum("distillation", "distillation_top_k", "reverse"), 3, 3 * 2 + 2),
+    "insides": (_sum("hidden_cosine", "hidden_mse", "attention_scores", "attention_probabilities"), 2, 0),
+    "insides beside": (_sum("hidden_mse", "attention_scores", "cross_entropy"), 2, 3),
+    "insides and rows": (_sum("hidden_cosine", "attention_scores", "distillation", "distillation_js"), 2, 2 * 2 + 2),
     "auxiliary only": (_sum("auxiliary", "auxiliary_scalar"), 1, 0),
     "auxiliary beside": (_sum("auxiliary", "cross_entropy"), 1, 3),
 }

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from lmjax.models import presets
-from lmjax.objectives import reducers, terms
+from lmjax.objectives import matching, reducers, terms
 from lmjax.objectives.reducers import Reducer
 from tests.laws.registry import MODELS, NOT_FAMILIES, REDUCERS, TERMS, tiny_policy
 
@@ -29,7 +29,7 @@ def test_every_preset_family_is_registered():
 
 
 def test_every_term_is_registered():
-    assert _public_functions(terms) == {case.term for case in TERMS.values()}
+    assert _public_functions(terms) | _public_functions(matching) == {case.term for case in TERMS.values()}
 
 
 def test_every_reducer_is_registered():

@@ -17,6 +17,9 @@ ROLES = tiny_roles(POLICY)
 BATCH = random_batch(3, 6)
 
 
+INSIDES = {"hidden_cosine", "hidden_mse", "attention_scores", "attention_probabilities"}  # see test_distillation
+
+
 def _loss(objective):
     return float(evaluate(objective, POLICY, VARIABLES, BATCH, roles=ROLES).loss)
 
@@ -36,6 +39,7 @@ def test_values_against_materialised_rows():
     difference = picked - other
     kl_of = lambda p, q: jnp.sum(jnp.exp(p) * (p - q), -1)
     mixture = jnp.log(0.7 * jnp.exp(own) + 0.3 * jnp.exp(reference))
+    mixed = jnp.log(0.6 * jnp.exp(own) + 0.4 * jnp.exp(teacher))
     soft_own, soft_teacher = jax.nn.log_softmax(own / 2), jax.nn.log_softmax(teacher / 2)
     top, indices = jax.lax.top_k(teacher, 3)
     top_own = jax.nn.log_softmax(jnp.take_along_axis(own, indices, -1))
@@ -54,12 +58,14 @@ def test_values_against_materialised_rows():
         "js": 0.3 * kl_of(reference, mixture) + 0.7 * kl_of(own, mixture),
         "distillation": 4 * kl_of(soft_teacher, soft_own),
         "distillation_top_k": kl_of(jax.nn.log_softmax(top), top_own),
+        "distillation_reverse": kl_of(*(jax.nn.log_softmax(rows / 0.7) for rows in (own, teacher))),
+        "distillation_js": 0.4 * kl_of(teacher, mixed) + 0.6 * kl_of(own, mixed),
         "auxiliary": aux["per_token"],
     }
     for name, values in expected.items():
         assert _loss(TERMS[name].build(token_mean)) == pytest.approx(_mean(values), rel=2e-5), name
     assert _loss(TERMS["auxiliary_scalar"].build(token_mean)) == pytest.approx(float(aux["scalar"]), rel=1e-5)
-    assert set(expected) | {"auxiliary_scalar"} == set(TERMS)
+    assert set(expected) | {"auxiliary_scalar"} | INSIDES == set(TERMS)
 
 
 OPTIONS = {
@@ -70,6 +76,8 @@ OPTIONS = {
     "divergence beta": (divergence("reference", "js"), divergence("reference", "js", beta=0.1)),
     "divergence role": (divergence("reference"), divergence("teacher")),
     "distillation temperature": (distillation(), distillation(temperature=3.0)),
+    "distillation beta": tuple(distillation(beta=beta) for beta in (0.0, 0.01, 0.5, 1.0)),
+    "distillation scaled": tuple(distillation(temperature=2.0, scaled=scaled) for scaled in (True, False)),
     "distillation top_k": (distillation(), distillation(top_k=2), distillation(top_k=5)),
     "distillation role": (distillation(), distillation("reference")),
     "auxiliary name": (auxiliary("scalar"), auxiliary("per_token")),
