@@ -45,6 +45,7 @@ class PairBatch(Batch):
 
     Attributes:
       pairs: float32 [B, P], the weight of each pair; 0 where a row has fewer.
+      answers: K, static. More than 2 for rankings: segments K p + 1 to K p + K are the answers of group p, best first.
       margins: float32 [B, P] or None, by how much the chosen answer is said to be better.
       desirable: float32 [B, P] or None. Where given, there are no pairs: segment 2p + 1 is an answer that is liked (1)
         or not (0), and segment 2p + 2 the answer to another prompt behind this one (KTO).
@@ -52,6 +53,7 @@ class PairBatch(Batch):
     """
 
     pairs: Array = None
+    answers: int = dataclasses.field(default=2, metadata={"static": True})
     margins: Array | None = None
     desirable: Array | None = None
     reference_logprobs: Array | None = None

@@ -58,20 +58,30 @@ class Answers(NamedTuple):
     rejected: jax.Array
 
 
+def sequence_sums(values_BT: jax.Array, batch: PairBatch) -> jax.Array:
+    """Sums over the tokens of each sequence, [B, P, K]."""
+    sums = jnp.einsum("bts,bt->bs", _inside(batch).astype(jnp.float32), values_BT, precision="highest")
+    return sums.reshape(*batch.pairs.shape, batch.answers)
+
+
+def last_tokens(values_BT: jax.Array, batch: PairBatch) -> tuple[jax.Array, jax.Array]:
+    """The value at the last token of each sequence [B, P, K], and whether there is such a sequence, float32."""
+    inside = _inside(batch)
+    at = jnp.max(jnp.where(inside, jnp.arange(values_BT.shape[1])[:, None], 0), axis=1)
+    shape = (*batch.pairs.shape, batch.answers)
+    there = jnp.any(inside, axis=1).astype(jnp.float32)
+    return jnp.take_along_axis(values_BT, at, axis=1).reshape(shape), there.reshape(shape)
+
+
+def _inside(batch: PairBatch) -> jax.Array:
+    """bool [B, T, P K], which sequence each token is of."""
+    return batch.segments[:, :, None] == jnp.arange(1, batch.answers * batch.pairs.shape[1] + 1)
+
+
 def per_answer(values_BT: jax.Array, batch: PairBatch) -> Answers:
-    """Sums over the tokens of each answer."""
-    numbers = jnp.arange(1, 2 * batch.pairs.shape[1] + 1)
-    inside = (batch.segments[:, :, None] == numbers).astype(jnp.float32)
-    sums = jnp.einsum("bts,bt->bs", inside, values_BT, precision="highest")
-    return Answers(sums[:, ::2], sums[:, 1::2])
-
-
-def last_tokens(values_BT: jax.Array, batch: PairBatch) -> Answers:
-    """The value at the last token of each sequence; that of the row's first token where there is none."""
-    numbers = jnp.arange(1, 2 * batch.pairs.shape[1] + 1)
-    at = jnp.where(batch.segments[:, :, None] == numbers, jnp.arange(values_BT.shape[1])[:, None], 0)
-    found = jnp.take_along_axis(values_BT, jnp.max(at, axis=1), axis=1)
-    return Answers(found[:, ::2], found[:, 1::2])
+    """Sums over the tokens of each answer of a pair."""
+    sums = sequence_sums(values_BT, batch)
+    return Answers(sums[..., 0], sums[..., 1])
 
 
 def over_pairs(values_BP: jax.Array, weights_BP: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -102,6 +112,8 @@ def log_ratios(outputs: Outputs, batch: PairBatch, reference: Outputs | None, ho
     """
     if not isinstance(batch, PairBatch):
         raise UserError("terms over preferences need pairs; make their batches with lmjax.data.pair_batch.")
+    if batch.answers != 2:
+        raise UserError(f"terms over pairs take two answers, this batch has {batch.answers}; use plackett_luce.")
     if how.reference == CACHED and batch.reference_logprobs is None:
         raise UserError("the batch holds no reference log-probabilities; compute them first, or name a role.")
     mask = batch.mask.astype(jnp.float32)
