@@ -104,3 +104,52 @@ def test_layers_of_their_own_ranks_and_places(tmp_path):
     interop.save_peft(tmp_path / "adapter", config, adapted)
     found = _theirs(tmp_path / "base", tmp_path / "adapter")
     np.testing.assert_allclose(found, _logits(config, adapted), atol=2 * TOLERANCE)
+
+
+def _error(found: dict[str, Any], expected: dict[str, np.ndarray]) -> float:
+    """Over all modules, relative to what is expected."""
+    off = sum(np.square(found[name] - expected[name]).sum() for name in expected)
+    return float(np.sqrt(off / sum(np.square(change).sum() for change in expected.values())))
+
+
+@pytest.mark.parametrize("weights", [(1.0, -1.0), (0.5, 0.5), (2.0, -1.0, 0.3)])
+def test_sums_of_their_adapters_are_exact_where_their_linear_ones_are_not(weights, tmp_path):
+    """Summing A and B apart gives products of strangers; side by side they give the sum of the products."""
+    options = dict(target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    names = [f"adapter_{index}" for index in range(len(weights))]
+    model = None
+    for name in names:
+        made = peft.LoraConfig(r=4, lora_alpha=8, **options)
+        if model is None:
+            model = peft.get_peft_model(reference_model(peft_cases.MODELS["llama"]), made, adapter_name=name)
+        else:
+            model.add_adapter(name, made)
+    model.add_weighted_adapter(names, list(weights), "linear", combination_type="linear")
+    model.save_pretrained(tmp_path, selected_adapters=names)
+    modules = {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, peft.tuners.lora.Linear)
+    }
+    change = lambda module, name: module.get_delta_weight(name).detach().numpy().T.astype(np.float64)
+    expected = {
+        key: sum(weight * change(module, name) for name, weight in zip(names, weights))
+        for key, module in modules.items()
+    }
+
+    reference_model(peft_cases.MODELS["llama"]).save_pretrained(tmp_path / "base")
+    config, variables = interop.load_huggingface(tmp_path / "base")
+    policy = lm.Policy(config)
+    loaded = [adapters.load(tmp_path / name, variables, policy) for name in names]
+    summed = adapters.weighted_sum(loaded, weights)["lora"]
+    found = {}
+    for index in range(2):
+        of = lambda *path, index=index: summed[f"layer_{index}"][path[0]][path[1]]
+        for path, key in ((("attention", "query"), "self_attn.q_proj"), (("mlp", "down"), "mlp.down_proj")):
+            own = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), of(*path))
+            found[f"model.layers.{index}.{key}"] = (own["a"] * own["constant"]["scale"]) @ own["b"]
+    theirs = _error({key: change(module, "linear") for key, module in modules.items()}, expected)
+    print(f"weights {weights}: PEFT's linear sum is off by {theirs:.2f}, ours by {_error(found, expected):.1e}")
+    assert _error(found, expected) < 1e-6
+    assert theirs > 0.8
