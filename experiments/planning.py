@@ -10,8 +10,11 @@ from experiments.pretrain_config import FROM_TOKENIZER, PretrainConfig
 from lmjax.models.config import DecoderConfig, ModelConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from jax.sharding import Mesh
 
+    from experiments.sft_config import SftConfig
     from lmjax.training.state import TrainState
 
 
@@ -89,6 +92,49 @@ def make_plan(config: PretrainConfig, mesh: Mesh) -> RunPlan:
             f"{flops * tokens * config.loop.steps:.3g} in {config.loop.steps:,} steps",
             f"attention   {kernel} ({reason})",
         ]
+    return RunPlan(shapes, plan.table(), "\n".join(lines), flops)
+
+
+def make_finetuning_plan(
+    config: SftConfig, policy: lm.Policy, make_state: Callable[[], TrainState], trainable: Sequence[str], mesh: Mesh
+) -> RunPlan:
+    """The plan of a run that trains part of what it has. Nothing is computed: shapes only.
+
+    Args:
+      config: the run.
+      policy: the model.
+      make_state: the state at step 0.
+      trainable: what is trained of it.
+      mesh: the devices.
+
+    Raises:
+      UserError: something does not divide over the mesh, or there is nothing to train.
+    """
+    import jax
+
+    from lmjax.sharding.planning import bytes_per_device
+    from lmjax.training.state import state_shardings, trainable_part, variables_plan
+
+    shapes = jax.eval_shape(make_state)
+    plan = variables_plan(policy, shapes.variables, mesh)
+    places = state_shardings(policy, shapes, mesh, trainable=trainable)
+    part = trainable_part(shapes.variables, trainable)
+    trained = sum(leaf.size for leaf in jax.tree.leaves(part))
+    parameters = bytes_per_device(shapes.variables, places.variables)
+    gradients = bytes_per_device(part, trainable_part(places.variables, trainable))
+    moments = bytes_per_device(shapes.opt_state, places.opt_state)
+    whole = trained == lm.policy.count_parameters(shapes.variables)
+    flops = flops_per_token(policy.config, config.data.sequence_length) if whole else None
+    lines = [
+        f"mesh        {' × '.join(f'{axis}={size}' for axis, size in mesh.shape.items())}, "
+        f"{mesh.devices.flat[0].device_kind}",
+        f"parameters  {plan.num_parameters:,}, of which {trained:,} are trained "
+        f"({trained / plan.num_parameters:.2%}: {', '.join(trainable)})",
+        f"memory      {_bytes(parameters + gradients + moments)} a device without activations: parameters "
+        f"{_bytes(parameters)}, gradients {_bytes(gradients)}, optimizer {_bytes(moments)}",
+        f"batch       {config.batch_size} rows × {config.data.sequence_length} tokens at the most"
+        + (f", in {config.microbatches} microbatches" if config.microbatches > 1 else ""),
+    ]
     return RunPlan(shapes, plan.table(), "\n".join(lines), flops)
 
 

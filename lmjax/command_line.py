@@ -194,7 +194,10 @@ def _unknown_option(unknown: Sequence[str], config: Any, flags: Sequence[str]) -
 
 @contextlib.contextmanager
 def _one_sentence() -> Iterator[None]:
-    """Turns the boxed message with which tyro ends the process into the sentence at its head."""
+    """Turns the boxed message with which tyro ends the process into the sentence at its head.
+
+    The sentence stands between the first two rules: the edge of the box or, where standard output is not UTF-8, dashes.
+    """
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
@@ -202,7 +205,8 @@ def _one_sentence() -> Iterator[None]:
     except SystemExit as end:
         if not end.code:
             raise
-        lines = [line.strip("│ ").strip() for line in box.getvalue().splitlines() if line.startswith("│")]
-        rule = next((i for i, line in enumerate(lines) if line.startswith("─")), len(lines))
-        text = " ".join(lines[:rule]) or box.getvalue().strip()
+        lines = [line.strip("│ ").strip() for line in box.getvalue().splitlines()]
+        rules = [i for i, line in enumerate(lines) if line.startswith(("╭─", "──", "--"))] or [-1]
+        end = rules[1] if len(rules) > 1 else len(lines)
+        text = " ".join(line for line in lines[rules[0] + 1 : end] if line)
         raise UserError(text.removeprefix("Error parsing ").removeprefix("settings.")) from None

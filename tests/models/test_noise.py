@@ -103,4 +103,4 @@ def test_a_row_without_padding_gets_what_transformers_gives_it():
     ours = np.asarray(neftune(jax.random.key(0), jnp.zeros((B, T, D)), jnp.ones((B, T), jnp.int32), ALPHA))
     assert np.abs(ours).max() == pytest.approx(np.abs(theirs).max(), rel=1e-3)
     quantiles = np.linspace(0, 1, 21)
-    np.testing.assert_allclose(np.quantile(ours, quantiles), np.quantile(theirs, quantiles), atol=2e-4)
+    np.testing.assert_allclose(np.quantile(ours, quantiles), np.quantile(theirs, quantiles), atol=8e-4)
