@@ -207,6 +207,6 @@ def _one_sentence() -> Iterator[None]:
             raise
         lines = [line.strip("│ ").strip() for line in box.getvalue().splitlines()]
         rules = [i for i, line in enumerate(lines) if line.startswith(("╭─", "──", "--"))] or [-1]
-        end = rules[1] if len(rules) > 1 else len(lines)
-        text = " ".join(line for line in lines[rules[0] + 1 : end] if line)
+        last = rules[1] if len(rules) > 1 else len(lines)
+        text = " ".join(line for line in lines[rules[0] + 1 : last] if line)
         raise UserError(text.removeprefix("Error parsing ").removeprefix("settings.")) from None

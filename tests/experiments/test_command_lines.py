@@ -31,7 +31,7 @@ def test_help_and_print_config_do_not_import_jax() -> None:
     program = """
 import importlib, io, contextlib, sys
 from lmjax import command_line
-for name in ("pretrain", "distill", "evaluate", "generate", "chat"):
+for name in ("pretrain", "sft", "distill", "evaluate", "generate", "chat"):
     script = importlib.import_module(f"experiments.{name}")
     default = getattr(importlib.import_module(f"experiments.{name}_config"), f"{name.title()}Config")()
     for argv in (["--help"], ["--print-config"]):
