@@ -111,7 +111,34 @@ def weight(layer: nn.Module) -> Quantized | None:
 
 def multiply(x_ND: jax.Array, weight: jax.Array | Quantized) -> jax.Array:
     """`x W`, [N, in] -> [N, out]. A quantized weight is unpacked here, and again in the backward pass, never kept."""
-    if not isinstance(weight, NF4 | Int8):
-        return x_ND @ weight
-    contract = (((1,), (1,)), ((), ()))
-    return jax.checkpoint(lambda x, w: jax.lax.dot_general(x, w.dense(x.dtype), contract))(x_ND, weight)
+    return _product(x_ND, weight) if isinstance(weight, NF4 | Int8) else x_ND @ weight
+
+
+@jax.custom_vjp
+def _product(x_ND: jax.Array, weight: Quantized) -> jax.Array:
+    unpacked = _after(weight, x_ND).dense(x_ND.dtype)
+    return jax.lax.dot_general(x_ND, unpacked, (((1,), (1,)), ((), ())))
+
+
+def _forward(x_ND: jax.Array, weight: Quantized) -> tuple[jax.Array, Quantized]:
+    return _product(x_ND, weight), weight
+
+
+def _backward(weight: Quantized, gradient_ND: jax.Array) -> tuple[jax.Array, None]:
+    return gradient_ND @ _after(weight, gradient_ND).dense(gradient_ND.dtype), None
+
+
+_product.defvjp(_forward, _backward)
+
+
+def _after(weight: Quantized, x_ND: jax.Array) -> Quantized:
+    """The same weight, which no compiler can unpack before x is there, nor once for two uses.
+
+    So one is unpacked at a time. On CPU, XLA drops barriers before it merges what is computed twice, but does not
+    know that nothing is more than infinite. Without this, a training step of unrolled layers would hold all of their
+    weights in full.
+    """
+    if jax.default_backend() != "cpu":
+        return jax.lax.optimization_barrier((weight, x_ND))[0]
+    never = (x_ND[0, 0] > jnp.inf).astype(weight.codes.dtype)
+    return weight._replace(codes=weight.codes ^ never)

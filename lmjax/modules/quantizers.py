@@ -8,6 +8,7 @@ would take 4.5 bits, and 8 while it is loaded.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from lmjax.modules.quantized import BLOCK, KINDS, NF4, NF4_CODE, SCALE_BLOCK, In
 
 _SMALLEST = np.float32(1e-38)  # a block of zeros is divided by it
 _GRID = 65536  # the points from -1 to 1 at which bitsandbytes looks up the 8-bit code on CPU
-_CHUNK = 2**18  # weights that are worked on together, so that what they need besides stays small
+_CHUNK = 2**16  # weights that are worked on together, so that what they need besides stays small
 
 
 def quantize_weight(weight: np.ndarray, kind: str) -> Quantized:
@@ -88,9 +89,6 @@ def _nf4(weight: np.ndarray) -> NF4:
 
 def _dynamic(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Numbers in the dynamic 8-bit type: an index of each, and the largest magnitude of each 256."""
-    code = dynamic_code()
-    grid = np.float32(-1) + np.float32(2) * np.arange(_GRID, dtype=np.float32) / np.float32(_GRID - 1)
-    table = np.searchsorted((code[:-1] + code[1:]) / np.float32(2), grid).astype(np.uint8)
     padded = np.zeros(-(-len(values) // SCALE_BLOCK) * SCALE_BLOCK, np.float32)
     padded[: len(values)] = values
     blocks = padded.reshape(-1, SCALE_BLOCK)
@@ -101,7 +99,15 @@ def _dynamic(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     # Exact in float64, then rounded once: the fused multiply and add of the original.
     place = (half * (_GRID - 1) + 0.5).astype(np.float32)
     place = np.where(np.isnan(place), 0, place).astype(np.int32)  # a block of nothing but zeros
-    return table[place].reshape(-1)[: len(values)], largest
+    return _dynamic_table()[place].reshape(-1)[: len(values)], largest
+
+
+@functools.cache
+def _dynamic_table() -> np.ndarray:
+    """The index of the nearest number of the dynamic 8-bit type at each point of the grid."""
+    code = dynamic_code()
+    grid = np.float32(-1) + np.float32(2) * np.arange(_GRID, dtype=np.float32) / np.float32(_GRID - 1)
+    return np.searchsorted((code[:-1] + code[1:]) / np.float32(2), grid).astype(np.uint8)
 
 
 def _mean(values: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,7 +21,11 @@ _UNIT_NAMES = {"heads": "query heads", "kv_heads": "key/value heads"}
 
 @dataclasses.dataclass(frozen=True)
 class LeafPlan:
-    """One leaf: its path, shape, dtype, logical axes, partition spec, and the bytes of it on each device."""
+    """One leaf: its path, shape, dtype, logical axes, partition spec, and the bytes of it on each device.
+
+    `values` is how many numbers of the model it holds: its size, unless several are packed into one element, or it
+    holds what unpacking them takes.
+    """
 
     leaf: str
     shape: tuple[int, ...]
@@ -30,6 +34,7 @@ class LeafPlan:
     spec: PartitionSpec
     bytes_per_device: int
     total_bytes: int
+    values: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +57,7 @@ class Plan:
 
     @property
     def num_parameters(self) -> int:
-        return sum(math.prod(row.shape) for row in self.rows)
+        return sum(row.values for row in self.rows)
 
     @property
     def bytes_per_device(self) -> int:
@@ -86,7 +91,21 @@ class Plan:
             f"mesh {mesh}: {self.num_parameters:,} values, {self.total_bytes:,} bytes in all, "
             f"{self.bytes_per_device:,} bytes a device"
         )
+        text += self._packed()
         return "\n".join((*text, *(f"note: {note}" for note in self.notes)))
+
+    def _packed(self) -> list[str]:
+        """A line for each collection of packed numbers, and one for all."""
+        packed = {row.leaf.partition("/")[0] for row in self.rows if row.values != math.prod(row.shape)}
+        if not packed:
+            return []
+        groups = {name: [row for row in self.rows if row.leaf.startswith(f"{name}/")] for name in sorted(packed)}
+        groups["all"] = list(self.rows)
+        lines = []
+        for name, rows in groups.items():
+            values, size = sum(row.values for row in rows), sum(row.total_bytes for row in rows)
+            lines.append(f"{name}: {values:,} values in {size:,} bytes, {8 * size / values:.3f} bits a value")
+        return lines
 
 
 def plan(
@@ -96,6 +115,7 @@ def plan(
     rules: Rules = DEFAULT_RULES,
     *,
     units: Mapping[str, int] | None = None,
+    values: Callable[[str, int], int] = lambda leaf, size: size,
 ) -> Plan:
     """Resolves logical axes to shardings, and refuses what would not fit.
 
@@ -107,6 +127,7 @@ def plan(
       units: for a logical axis whose dimension holds several units side by side, how many: a projection to
         `heads` is [embed, heads · head width], and the heads are what must divide. Key/value heads fewer than
         the devices of their mesh axis are replicated when they divide it, and the plan notes it.
+      values: from a leaf's path and size to how many numbers of the model it holds, where they are packed.
 
     Raises:
       UserError: a leaf without axes or axes without a leaf; an axis that no rule names; a rule that names no
@@ -131,7 +152,8 @@ def plan(
         dtype = np.dtype(shape.dtype)
         local = math.prod(sharding.shard_shape(tuple(shape.shape))) * dtype.itemsize
         whole = math.prod(shape.shape) * dtype.itemsize
-        rows.append(LeafPlan(leaf, tuple(shape.shape), dtype.name, tuple(axes), spec, local, whole))
+        held = values(leaf, math.prod(shape.shape))
+        rows.append(LeafPlan(leaf, tuple(shape.shape), dtype.name, tuple(axes), spec, local, whole, held))
         return sharding
 
     shardings = resolve((), shapes, logical_axes)

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from lmjax.errors import UserError
 from lmjax.models.decoder import Variables
 from lmjax.modules.adapted import CONSTANT
+from lmjax.modules.quantizers import weights_in
 from lmjax.policy import Policy
 from lmjax.sharding.mesh import replicated
 from lmjax.sharding.planning import Plan, plan
@@ -149,7 +150,12 @@ def init_state(
 
 def variables_plan(policy: Policy, variables: Variables, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Plan:
     """Where each of the variables (arrays or shapes) lies."""
-    return plan(mesh, variables, policy.logical_axes(variables), rules, units=policy.model.units)
+
+    def values(leaf: str, size: int) -> int:
+        collection, *_, name = leaf.split("/")
+        return weights_in(collection, name, size)
+
+    return plan(mesh, variables, policy.logical_axes(variables), rules, units=policy.model.units, values=values)
 
 
 def state_shardings(

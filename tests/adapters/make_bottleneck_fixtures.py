@@ -1,7 +1,8 @@
 """Computes the logits that bottleneck adapters are compared with, by the `adapters` library, which wants an environment
 of its own:
 
-    pip install "adapters==1.3.0" "transformers~=4.57.6" torch numpy && python -m tests.adapters.make_bottleneck_fixtures
+    pip install "adapters==1.3.0" "transformers~=4.57.6" torch numpy
+    python -m tests.adapters.make_bottleneck_fixtures
 """
 
 from __future__ import annotations
