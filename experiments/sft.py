@@ -39,7 +39,14 @@ def run(config: SftConfig, options: command_line.Options) -> int:
     lm.sharding.check_batch_size(config.batch_size, mesh, microbatches=config.microbatches)
 
     # The model to start from, and the conversations as it reads them.
-    model = open_model(config.model, step=config.step, average=config.average, tokenizer=config.tokenizer)
+    model = open_model(
+        config.model,
+        step=config.step,
+        average=config.average,
+        tokenizer=config.tokenizer,
+        quantize=config.quantize,
+        targets=config.quantize_targets,
+    )
     config = dataclasses.replace(config, model=str(Path(config.model).expanduser().absolute()))
     _check_length(config, model)
     processes = dict(process_index=jax.process_index(), process_count=jax.process_count())

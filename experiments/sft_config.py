@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from experiments.adapter_config import AdapterConfig
 from lmjax.data.supervised_config import SupervisedConfig
@@ -20,6 +21,8 @@ class SftConfig:
       step: of a run directory: "last", "best" or the number of a step.
       average: of a run directory: its moving average of the parameters, or not; None: where it kept one.
       tokenizer: a tokenizer to use instead of the model's own.
+      quantize: nf4 or int8: the model's linear layers in 4 or 8 bits, under the adapter (QLoRA); empty: as they are.
+      quantize_targets: patterns of the layers that are.
       data: the conversations, how they are written, and how rows are made of them.
       adapter: what is trained.
       optimizer, schedule: how that moves.
@@ -46,6 +49,8 @@ class SftConfig:
     step: str = "last"
     average: bool | None = None
     tokenizer: str = ""
+    quantize: Literal["", "nf4", "int8"] = ""
+    quantize_targets: tuple[str, ...] = ("*",)
     data: SupervisedConfig = SupervisedConfig()
     adapter: AdapterConfig = AdapterConfig()
     optimizer: OptimizerConfig = OptimizerConfig(weight_decay=0.0)
@@ -73,6 +78,8 @@ class SftConfig:
                 f"a batch_size of {self.batch_size} does not split into {self.microbatches} microbatches; "
                 "make it a multiple"
             )
+        if self.quantize and self.adapter.kind == "full":
+            raise UserError(f"quantize is {self.quantize}, and quantized weights are not trained; choose an adapter")
         for name in ("clip_norm", "neftune", "eval_batches", "eval_batch_size", "samples", "sample_tokens",
                      "sample_temperature"):  # fmt: skip
             if getattr(self, name) < 0:

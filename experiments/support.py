@@ -99,7 +99,14 @@ class OpenedModel:
 
 
 def open_model(
-    path: str, *, step: str = "last", average: bool | None = None, tokenizer: str = "", adapter: str = ""
+    path: str,
+    *,
+    step: str = "last",
+    average: bool | None = None,
+    tokenizer: str = "",
+    adapter: str = "",
+    quantize: str = "",
+    targets: Sequence[str] = ("*",),
 ) -> OpenedModel:
     """Opens a run directory of ours, or a model directory of Hugging Face.
 
@@ -109,30 +116,36 @@ def open_model(
       average: for a run: the moving average of the parameters, or not; None: where the run kept one.
       tokenizer: a tokenizer to use instead of the one beside the model.
       adapter: a directory with an adapter of the model, ours or PEFT's. What can be folded into the weights is.
+      quantize: "nf4" or "int8": the model's linear layers in 4 or 8 bits.
+      targets: patterns of those that are.
 
     Raises:
       UserError: the directory is neither, has no such checkpoint, or no tokenizer; or the adapter is of another model.
     """
-    model = _open_base(path, step, average, tokenizer)
-    return _adapted(model, adapter) if adapter else model
-
-
-def _adapted(model: OpenedModel, adapter: str) -> OpenedModel:
-    """A model with an adapter in the form that is the fastest to run."""
+    model = _open_base(path, step, average, tokenizer, quantize, targets)
+    if quantize and not {"nf4", "int8"} & set(model.variables):
+        model = dataclasses.replace(model, variables=lm.adapters.quantize(model.variables, quantize, targets))
+    if not adapter:
+        return model
     folder = Path(adapter).expanduser()
-    variables = lm.adapters.load(folder, model.variables, model.policy)
+    variables = _fastest(model.policy, lm.adapters.load(folder, model.variables, model.policy))
+    return dataclasses.replace(model, variables=variables, description=f"{model.description}, with {folder}")
+
+
+def _fastest(policy: lm.Policy, variables: Any) -> Any:
+    """Variables with their adapters in the form that is the fastest to run."""
     beside = {kind: variables[kind] for kind in lm.adapters.folding.BESIDE if kind in variables}
     variables = lm.adapters.without(variables, tuple(beside))
     quantized = {"nf4", "int8"} & set(variables)  # would become full weights
     if lm.adapters.adapters_of(variables) and not quantized:
         variables = lm.adapters.merge(variables)
     variables = variables | beside
-    if lm.adapters.adapters_of(variables):
-        variables = lm.adapters.flatten(model.policy, variables)
-    return dataclasses.replace(model, variables=variables, description=f"{model.description}, with {folder}")
+    return lm.adapters.flatten(policy, variables) if lm.adapters.adapters_of(variables) else variables
 
 
-def _open_base(path: str, step: str, average: bool | None, tokenizer: str) -> OpenedModel:
+def _open_base(
+    path: str, step: str, average: bool | None, tokenizer: str, quantize: str, targets: Sequence[str]
+) -> OpenedModel:
     if not path:
         raise UserError("no model is named; give --model a run directory or a Hugging Face model directory")
     folder = Path(path).expanduser()
@@ -147,7 +160,7 @@ def _open_base(path: str, step: str, average: bool | None, tokenizer: str) -> Op
         raise UserError(
             f"{path} is a Hugging Face directory, which holds one set of weights; leave out step and average"
         )
-    config, variables = lm.interop.load_huggingface(folder)
+    config, variables = lm.interop.load_huggingface(folder, quantize=quantize or None, targets=targets)
     where = tokenizer or str(folder)
     return OpenedModel(
         lm.Policy(config), variables, lm.tokenizers.load(where), where, True, f"{path} (Hugging Face)"
@@ -200,23 +213,24 @@ def _open_finetuned(folder: Path, config: Any, step: Any, average: bool | None, 
         variables = lm.models.stack_layers(variables)
     if "params" not in variables:
         try:
-            base = open_model(config.model, step=config.step, average=config.average)
+            base = open_model(
+                config.model,
+                step=config.step,
+                average=config.average,
+                quantize=config.quantize,
+                targets=config.quantize_targets,
+            )
         except UserError as error:
             raise UserError(f"{folder} is an adapter of another model, which cannot be opened: {error}") from None
         if base.policy.config != shape:
             raise UserError(f"{folder} is an adapter of another model than {config.model} is now; put that one back")
         variables, what = base.variables | variables, f"{what}, over {base.description}"
+    policy = lm.Policy(shape)
+    variables = _fastest(policy, jax.device_put(variables))
     where = tokenizer or str(folder / TOKENIZER)
     template = config.data.template if config.data.template != "none" else "auto"
-    return OpenedModel(
-        lm.Policy(shape),
-        jax.device_put(variables),
-        lm.tokenizers.load(where),
-        where,
-        config.data.document_markers,
-        what,
-        template,
-    )
+    markers = config.data.document_markers
+    return OpenedModel(policy, variables, lm.tokenizers.load(where), where, markers, what, template)
 
 
 def cache_spec(name: str, model: OpenedModel) -> Any:

@@ -13,7 +13,7 @@ from lmjax.training.config import CheckpointConfig, LoopConfig, OptimizerConfig,
 
 config = SftConfig(
     data=SupervisedConfig(sequence_length=256),
-    adapter=AdapterConfig(kind="lora", rank=8, lora_plus=4.0),
+    adapter=AdapterConfig(kind="lora"),
     optimizer=OptimizerConfig(kind="adamw", weight_decay=0.0),
     schedule=ScheduleConfig(kind="cosine", peak=3e-3, warmup_steps=20),
     loop=LoopConfig(steps=300, eval_every=50, sample_every=100),

@@ -221,6 +221,25 @@ def test_every_method_is_trained_written_and_opened(name: str, base: Path, path:
         assert same["attention"]["query"]["kernel"] == (name == "part")
 
 
+@pytest.mark.slow
+def test_an_adapter_is_trained_over_a_quantized_model_and_over_an_adapted_one(
+    finished: tuple[Path, str], base: Path, path: Path, tmp_path: Path
+) -> None:
+    for name, fields in {"int8": {"quantize": "int8"}, "second": {"model": str(finished[0])}}.items():
+        config = _config(
+            base, path, **fields, loop=LoopConfig(steps=6, eval_every=0), samples=0, microbatches=1, neftune=0.0
+        )  # fmt: skip
+        status, said = _run(config, tmp_path / name)
+        assert status == 0
+        after, before = map(float, re.findall(r"(?:val_loss|before)=(\d+\.\d+)", said))
+        assert after < before
+        opened = open_model(str(tmp_path / name))
+        assert ("int8" in opened.variables) == (name == "int8")
+        data = lm.data.load_supervised(config.data, 16, opened.tokenizer)
+        scores = sft._score(opened.policy, opened.variables, data.validation(), None)
+        assert scores["loss"] == pytest.approx(after, abs=1e-4)
+
+
 def test_an_adapter_without_its_model_is_said_to_be(finished: tuple[Path, str], base: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(base, moved)
@@ -296,6 +315,7 @@ BAD = {
     "batch and microbatches": (["--microbatches", "3"], "does not split into 3"),
     "batch and devices": (["--batch-size", "12"], "a batch of 12 rows"),
     "a template without its tokens": (["--data.template", "llama3"], "<|begin_of_text|>, which is no special token"),
+    "quantized and full": (["--adapter.kind", "full", "--quantize", "int8"], "quantized weights are not trained"),
     "noise": (["--neftune", "-1"], "neftune is -1"),
     "the average of a directory": (["--average", "True"], "leave out step and average"),
 }  # fmt: skip
