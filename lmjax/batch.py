@@ -59,6 +59,21 @@ class PairBatch(Batch):
     reference_logprobs: Array | None = None
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BeliefBatch(PairBatch):
+    """Pairs of answers behind stated beliefs (pluralistic GDPO): prompt, belief, answer.
+
+    Attributes:
+      beliefs: float32 [B, T, K], the share of a population that holds each of K beliefs, at the token whose next one
+        states which; 0 elsewhere.
+      belief_mask: float32 [B, T], the tokens of the belief as targets; `mask` does not have them.
+    """
+
+    beliefs: Array = None
+    belief_mask: Array = None
+
+
 def positions_within_segments(segments_BT: np.ndarray) -> np.ndarray:
     """Positions that restart at 0 wherever the segment number changes. int32 [B, T].
 

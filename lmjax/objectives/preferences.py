@@ -18,6 +18,7 @@ from lmjax.losses import preferences
 from lmjax.losses.preferences import Divergence
 from lmjax.objectives.algebra import Objective, Term, term
 from lmjax.objectives.reducers import Reducer, token_mean
+from lmjax.objectives.terms import cross_entropy
 from lmjax.policy import Outputs
 
 CACHED = "cached"
@@ -380,6 +381,32 @@ def orpo(beta: float = 0.1, *, reducer: Reducer = token_mean) -> Objective:
 
     odds = pair_term("odds_ratio", loss, LogRatio(reference=None, mean=True), beta=beta, reducer=reducer)
     return chosen_nll(prompt=True, reducer=reducer) + beta * odds
+
+
+def tpo(
+    beta: float = 0.01,
+    *,
+    gamma: float = 0.5,
+    alpha: float = 1.0,
+    mean: bool = True,
+    gold: str = "gold",
+    reducer: Reducer = token_mean,
+) -> Objective:
+    """TPO (Saeidi et al., arXiv:2405.16681): a pair's loss without a reference, and `alpha` times a gold answer's NLL.
+
+    Args:
+      beta, gamma: of the pair, as in `simpo`; without `mean` sums are compared and there is no gamma (TPO; with means
+        it is TPO-L).
+      alpha: weight of the gold answers.
+      mean: compare mean log-probabilities.
+      gold: the stream of batches that holds the gold answers.
+      reducer: see `Term`.
+    """
+    if mean:
+        pair = simpo(beta, gamma=gamma, reducer=reducer)
+    else:
+        pair = dpo(beta, ratio=LogRatio(reference=None), reducer=reducer)
+    return pair.named("tpo") + alpha * cross_entropy().on(gold)
 
 
 @term
