@@ -48,7 +48,7 @@ def conversation(record: Record, source: ConversationSource) -> Conversation:
     where, fields = record
     kind = _format(record, source)
     if kind == "messages":
-        messages = _messages(fields.get(source.messages_field), where, source.messages_field)
+        messages = messages_of(fields.get(source.messages_field), where, source.messages_field)
         spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         start = spoken[-1] if spoken else len(messages)
     else:
@@ -100,11 +100,11 @@ def _text(fields: dict[str, Any], name: str, where: str) -> str:
 def _either(fields: dict[str, Any], name: str, role: str, where: str) -> list[Message]:
     """A text in a role's name, or a list of messages."""
     if isinstance(fields.get(name), list):
-        return _messages(fields[name], where, name)
+        return messages_of(fields[name], where, name)
     return [{"role": role, "content": _text(fields, name, where)}]
 
 
-def _messages(value: Any, where: str, name: str) -> list[Message]:
+def messages_of(value: Any, where: str, name: str) -> list[Message]:
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
         raise UserError(f'{where}: {name!r} is no list of messages: give [{{"role": ..., "content": ...}}, ...]')
     messages: list[Message] = []

@@ -33,7 +33,7 @@ class Rows(Protocol):
         ...
 
 
-class _Shuffled(Sized):
+class Shuffled(Sized):
     def draw(self, place: np.ndarray, seed: int) -> np.ndarray:
         from lmjax.data.order import permute
 
@@ -68,7 +68,7 @@ class _Constants:
         return self._held[rows]
 
 
-class BlockRows(_Shuffled):
+class BlockRows(Shuffled):
     """Consecutive blocks: row i reads tokens [iT, (i+1)T) and predicts [iT+1, (i+1)T+1), the last padded.
 
     Args:
@@ -201,7 +201,7 @@ def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray
     return order, np.searchsorted(bin_of[order], np.arange(bins + 1))
 
 
-class PackedRows(_Shuffled):
+class PackedRows(Shuffled):
     """Whole documents packed into rows, best fit first; documents longer than a row are cut into full ones.
 
     A document of n tokens makes n - 1 (input, target) pairs, and a piece of it holds up to T of them, so that

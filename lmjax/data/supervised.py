@@ -189,7 +189,7 @@ def load_supervised(
     weights: dict[str, float] = {}
     for source in config.sources():
         for talk in _read(source):
-            hidden = not config.validation_path and _hash(talk.prompt) < config.validation_fraction
+            hidden = not config.validation_path and prompt_hash(talk.prompt) < config.validation_fraction
             (held_out if hidden else talks).setdefault(talk.domain, []).append(talk)
             if weights.setdefault(talk.domain, source.weight) != source.weight:
                 raise UserError(f"two sources of the domain {talk.domain!r} have different weights: name them apart")
@@ -215,7 +215,7 @@ def _read(source: ConversationSource) -> list[Conversation]:
     return found
 
 
-def _hash(messages: Sequence[Message]) -> float:
+def prompt_hash(messages: Sequence[Message]) -> float:
     """A number in [0, 1): the answers to one prompt fall on the same side of a split."""
     raw = json.dumps(messages, sort_keys=True, default=str).encode("utf-8", errors="surrogatepass")
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little") / 2**64
