@@ -4,9 +4,10 @@ from lmjax._lazy import attach
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
-    submodules=("baselines", "objectives", "perplexity", "voting", "windows"),
+    submodules=("baselines", "logprobs", "objectives", "perplexity", "voting", "windows"),
     names={
         "baselines": ["bigram_score", "gzip_bits_per_byte"],
+        "logprobs": ["kept_on_disk", "token_logprobs"],
         "objectives": ["evaluate_objective"],
         "perplexity": ["Score", "evaluate_batches"],
         "voting": ["best_of_n", "interval", "maj_at_k", "majority_vote", "pass_at_k", "wilson"],
