@@ -12,7 +12,10 @@ import optax
 
 import lmjax as lm
 from experiments.compare_config import CompareConfig
+from experiments.support import open_model
 from lmjax.batch import Batch, next_token_batch
+from lmjax.data.supervised_config import SupervisedConfig
+from lmjax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,4 +96,30 @@ def synthetic(config: CompareConfig, say: Callable[[str], None]) -> Task:
         lambda seed, index: word_batch(np.random.default_rng([config.seed, 2, seed, index]), config.batch_size, True),
         held_out[:4],
         held_out[4:],
+    )
+
+
+def instruct(config: CompareConfig, say: Callable[[str], None]) -> Task:
+    """Instructions from a file for a model from a run or Hugging Face directory; the answers are the targets."""
+    model = open_model(config.model)
+    source = SupervisedConfig(
+        path=config.data,
+        sequence_length=config.sequence_length,
+        validation_fraction=0.25,
+        loss_on="completion",
+        prefetch=0,
+        seed=config.seed,
+    )
+    data = lm.data.load_supervised(source, config.batch_size, model.tokenizer, template=model.chat_template())
+    say(data.report())
+    held_out = [batch for own in data.validation().values() for batch in own]
+    if len(held_out) < 2:
+        raise UserError("the held-out instructions fill less than two batches; lower --batch-size")
+    return Task(
+        "instruct",
+        model.policy,
+        jax.device_get(model.variables),
+        lambda seed, index: data.batch(seed * config.steps + index),
+        held_out[::2],
+        held_out[1::2],
     )
