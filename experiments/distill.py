@@ -64,7 +64,7 @@ def run(config: DistillConfig, options: command_line.Options) -> int:
         some_held_out = data.validation(rows, config.eval_batches or None)
 
     # What it learns: the teacher's distribution and insides, and the text itself.
-    projects, insides = _insides(config, teacher)
+    width, insides = _insides(config, teacher)
     lessons = ([config.soft * _divergence(config)] if config.soft else []) + insides
     of_text = sum(lessons, config.hard * lm.objectives.cross_entropy()) if config.hard else sum(lessons)
     of_itself = sum(lessons).on("sampled")  # no text says what should follow the student's own words
@@ -72,7 +72,7 @@ def run(config: DistillConfig, options: command_line.Options) -> int:
     roles = {"teacher": lm.objectives.Role(jax.device_put(teacher.variables, places), teacher.policy)}
     schedule = lm.training.make_schedule(config.schedule, config.loop.steps)
     optimizer = lm.training.make_optimizer(config.optimizer, schedule)
-    trainable = ("params", "projection") if projects else ("params",)
+    trainable = ("params", "projection") if width else ("params",)
     make_step = lambda objective: lm.training.make_step(
         policy,
         objective,
@@ -117,8 +117,7 @@ def run(config: DistillConfig, options: command_line.Options) -> int:
         from_disk=lm.models.stack_layers,
     )
     init_key, projection_key, run_key = jax.random.split(jax.random.key(config.seed), 3)
-    width = teacher.policy.config.embed_dim
-    if projects:
+    if width:
         begin_from = lm.policy.add_projection(begin_from or policy.init(init_key), width, projection_key)
     fresh = lm.training.init_state(
         policy, optimizer, run_key, mesh=mesh, trainable=trainable, ema=config.ema_decay > 0, variables=begin_from
@@ -138,7 +137,7 @@ def run(config: DistillConfig, options: command_line.Options) -> int:
             f"teacher     {teacher.description}, {lm.policy.count_parameters(teacher.variables):,} parameters\n"
             f"data        {data.train_tokens:,} training tokens, {data.validation_tokens:,} held out, vocabulary "
             f"{data.vocab_size:,}\n{plan.summary}"
-            + (f"\nprojection  {config.model.embed_dim} to {width} wide, trained beside" if projects else "")
+            + (f"\nprojection  of hidden states to {width} wide, trained beside" if width else "")
             + f"\nrun         {folder}"
             + (f"\nresumed     from step {start:,}" if start else ""),
             flush=True,
@@ -214,19 +213,19 @@ def _student(config: DistillConfig, teacher: OpenedModel) -> tuple[DistillConfig
     return config, variables
 
 
-def _insides(config: DistillConfig, teacher: OpenedModel) -> tuple[bool, list[lm.objectives.Objective]]:
-    """Whether hidden states go through a projection, and the terms over the models' insides."""
+def _insides(config: DistillConfig, teacher: OpenedModel) -> tuple[int, list[lm.objectives.Objective]]:
+    """The width that hidden states are to be projected to, 0 for none, and the terms over the models' insides."""
     own, known = config.model, teacher.policy.config
     found: list[lm.objectives.Objective] = []
     if not (config.hidden or config.attention):
-        return False, found
+        return 0, found
     if not isinstance(own, DecoderConfig) or not isinstance(known, DecoderConfig):
         raise UserError("hidden states and attention are those of decoders; set hidden and attention to 0")
-    projects = config.hidden > 0 and own.embed_dim != known.embed_dim
+    width = known.embed_dim if config.hidden and own.embed_dim != known.embed_dim else 0
     if config.hidden:
         found.append(
             config.hidden
-            * lm.objectives.hidden_states(kind=config.hidden_kind, layers=config.hidden_layers, project=projects)
+            * lm.objectives.hidden_states(kind=config.hidden_kind, layers=config.hidden_layers, project=width > 0)
         )
     if config.attention:
         if own.num_heads != known.num_heads:
@@ -235,7 +234,7 @@ def _insides(config: DistillConfig, teacher: OpenedModel) -> tuple[bool, list[lm
                 "set model.num_heads to as many, or attention to 0"
             )
         found.append(config.attention * lm.objectives.attention_maps(of=config.attention_of))
-    return projects, found
+    return width, found
 
 
 def _divergence(config: DistillConfig) -> lm.objectives.Objective:

@@ -108,7 +108,7 @@ def test_it_learns_from_its_teacher_and_says_how_near_it_came(finished: tuple[Pa
     assert scores["after"]["kl_from_teacher"] < scores["before"]["kl_from_teacher"] - 1
     assert scores["after"]["agreement"] > scores["before"]["agreement"]
     assert scores["teacher"]["bits_per_byte"] == pytest.approx(scores["teacher"]["loss"] / np.log(2), rel=1e-6)
-    assert "projection  16 to 32 wide" in printed and "teacher (Hugging Face)" in printed
+    assert "projection  of hidden states to 32 wide" in printed and "teacher (Hugging Face)" in printed
     assert (run / "samples" / f"step_{STEPS:08d}.txt").read_text().startswith("the ")
     assert (run / "plots" / "loss.png").stat().st_size > 1000
 
