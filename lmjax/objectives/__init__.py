@@ -4,15 +4,15 @@ from lmjax._lazy import attach
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
-    submodules=("algebra", "evaluation", "matching", "pluralistic", "preferences", "reducers",
-                "reward_models", "terms", "tracing"),
+    submodules=("algebra", "evaluation", "matching", "pairs", "pluralistic", "preferences",
+                "reducers", "reward_models", "terms", "tracing"),
     names={
         "algebra": ["Objective", "Role", "Term", "term"],
         "evaluation": ["Evaluation", "evaluate", "finalize", "term_weights"],
         "matching": ["attention_maps", "hidden_states"],
+        "pairs": ["LogRatio", "pair_term"],
         "pluralistic": ["belief_kl", "belief_nll", "gdpo"],
         "preferences": [
-            "LogRatio",
             "alphapo",
             "aot",
             "apo_down",
@@ -28,7 +28,6 @@ __getattr__, __dir__, __all__ = attach(
             "kto",
             "nca",
             "orpo",
-            "pair_term",
             "robust_dpo",
             "simpo",
             "sppo",

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from lmjax.batch import BeliefBatch
 from lmjax.errors import UserError
 from lmjax.objectives.algebra import Objective, term
-from lmjax.objectives.preferences import LogRatio, dpo
+from lmjax.objectives.pairs import LogRatio
+from lmjax.objectives.preferences import dpo
 from lmjax.policy import Outputs
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from lmjax.batch import Batch, PairBatch
 from lmjax.losses import preferences
 from lmjax.objectives.algebra import term
-from lmjax.objectives.preferences import last_tokens, over_pairs
+from lmjax.objectives.pairs import last_tokens, over_pairs
 from lmjax.policy import Outputs
 
 

@@ -34,7 +34,7 @@ def test_they_are_computed_once(tmp_path):
     again = kept_on_disk(path, (10, 3), compute)
     assert calls == [1] and np.array_equal(first, again)
     assert first[:, 0].tolist() == [0] * 4 + [1] * 4 + [2] * 2
-    with pytest.raises(UserError, match="holds .10, 3. numbers and .9, 3. are wanted"):
+    with pytest.raises(UserError, match=r"holds \(10, 3\) numbers and \(9, 3\) are wanted"):
         kept_on_disk(path, (9, 3), compute)
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(UserError, match="damaged"):

@@ -11,7 +11,7 @@ import pytest
 from lmjax.batch import PairBatch
 from lmjax.errors import UserError
 from lmjax.objectives import preferences as T
-from lmjax.objectives.preferences import LogRatio
+from lmjax.objectives.pairs import LogRatio
 from tests.losses.test_preferences import LENGTHS, POLICY, REFERENCE
 
 PROMPT = 2
