@@ -15,8 +15,9 @@ config = SftConfig(
     data=SupervisedConfig(sequence_length=256),
     adapter=AdapterConfig(kind="lora"),
     optimizer=OptimizerConfig(kind="adamw", weight_decay=0.0),
-    schedule=ScheduleConfig(kind="cosine", peak=3e-3, warmup_steps=20),
+    schedule=ScheduleConfig(kind="cosine", peak=1e-2, warmup_steps=20),
     loop=LoopConfig(steps=300, eval_every=50, sample_every=100),
     checkpoint=CheckpointConfig(every=100),
     batch_size=8,
+    neftune=5.0,
 )

@@ -9,11 +9,12 @@ import numpy as np
 from lmjax.batch import Batch
 from lmjax.data.loader import BatchPlan
 from lmjax.data.order import hash64, permute
+from lmjax.data.packing import Shuffled
 
 _WINDOW = 1 << 16  # the most places that are sorted together
 
 
-class Order:
+class Order(Shuffled):
     """Examples 0, 1, ... of one source, for a plan that says only which comes when: each epoch a permutation."""
 
     sequence_length = 0
@@ -23,10 +24,6 @@ class Order:
 
     def __len__(self) -> int:
         return self._count
-
-    def draw(self, place: np.ndarray, seed: int) -> np.ndarray:
-        epoch, index = np.divmod(np.asarray(place, np.int64), self._count)
-        return permute(index, self._count, seed, epoch)
 
     def gather(self, index: np.ndarray) -> Batch:
         raise NotImplementedError("an order has no rows")

@@ -20,8 +20,10 @@ def _adapted(config=FAMILIES["llama"], method="lora"):
     return getattr(lm.adapters, method)(rank=2).init(jax.random.key(0), variables)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
-@pytest.mark.parametrize(("layers", "method"), [("unrolled", "lora"), ("scanned", "lora"), ("unrolled", "dora")])
+@pytest.mark.parametrize(
+    ("kind", "layers", "method"),
+    [("sgd", "unrolled", "lora"), ("adamw", "scanned", "lora"), ("adamw", "unrolled", "dora")],
+)
 def test_lora_plus_is_two_optimizers_at_two_rates(kind, layers, method):
     config = FAMILIES["llama"] if layers == "unrolled" else scanned(FAMILIES["llama"])
     part = training.state.trainable_part(_adapted(config, method), (method,))
