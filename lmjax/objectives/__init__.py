@@ -4,10 +4,11 @@ from lmjax._lazy import attach
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
-    submodules=("algebra", "evaluation", "matching", "pairs", "pluralistic", "preferences",
+    submodules=("algebra", "evaluation", "expressions", "matching", "pairs", "pluralistic", "preferences",
                 "reducers", "reward_models", "terms", "tracing"),
     names={
         "algebra": ["Objective", "Role", "Term", "term"],
+        "expressions": ["parse_objective"],
         "evaluation": ["Evaluation", "evaluate", "finalize", "term_weights"],
         "matching": ["attention_maps", "hidden_states"],
         "pairs": ["LogRatio", "pair_term"],

@@ -44,6 +44,9 @@ class LogRatio:
         return () if self.reference in (None, CACHED) else (str(self.reference),)
 
 
+TO_REFERENCE = LogRatio()
+
+
 class Answers(NamedTuple):
     """One number for each answer of each pair.
 

@@ -15,7 +15,7 @@ from lmjax.batch import Batch, PairBatch
 from lmjax.errors import UserError
 from lmjax.losses import preferences
 from lmjax.objectives.algebra import Objective, Term, term
-from lmjax.objectives.pairs import LogRatio, Ratios, log_ratios, over_all, over_pairs, pair_term
+from lmjax.objectives.pairs import TO_REFERENCE, LogRatio, Ratios, log_ratios, over_all, over_pairs, pair_term
 from lmjax.objectives.reducers import Reducer, token_mean
 from lmjax.objectives.terms import cross_entropy
 from lmjax.policy import Outputs
@@ -50,7 +50,7 @@ def dpo(
     beta: float = 0.1,
     *,
     label_smoothing: float = 0.0,
-    ratio: LogRatio = LogRatio(),
+    ratio: LogRatio = TO_REFERENCE,
     reducer: Reducer = token_mean,
 ) -> Objective:
     """Direct preference optimization (`losses.preferences.logistic`), cDPO with label smoothing.
@@ -70,7 +70,7 @@ def robust_dpo(
     beta: float = 0.1,
     *,
     label_smoothing: float = 0.1,
-    ratio: LogRatio = LogRatio(),
+    ratio: LogRatio = TO_REFERENCE,
     reducer: Reducer = token_mean,
 ) -> Objective:
     """DPO that is unbiased under a known share of wrong labels (`losses.preferences.robust`)."""
@@ -78,12 +78,12 @@ def robust_dpo(
     return _of_gap(preferences.robust, "robust_dpo", ratio, beta, reducer, smoothing=label_smoothing)
 
 
-def hinge(beta: float = 0.1, *, ratio: LogRatio = LogRatio(), reducer: Reducer = token_mean) -> Objective:
+def hinge(beta: float = 0.1, *, ratio: LogRatio = TO_REFERENCE, reducer: Reducer = token_mean) -> Objective:
     """SLiC's hinge over log-ratios (`losses.preferences.hinge`)."""
     return _of_gap(preferences.hinge, "hinge", ratio, beta, reducer)
 
 
-def ipo(beta: float = 0.1, *, ratio: LogRatio = LogRatio(), reducer: Reducer = token_mean) -> Objective:
+def ipo(beta: float = 0.1, *, ratio: LogRatio = TO_REFERENCE, reducer: Reducer = token_mean) -> Objective:
     """IPO (`losses.preferences.ipo`) over sums, as the paper and OpenRLHF; TRL's form is `LogRatio(mean=True)`."""
     return _of_gap(preferences.ipo, "ipo", ratio, beta, reducer)
 
@@ -92,7 +92,7 @@ def exo(
     beta: float = 0.1,
     *,
     label_smoothing: float = 1e-3,
-    ratio: LogRatio = LogRatio(),
+    ratio: LogRatio = TO_REFERENCE,
     reducer: Reducer = token_mean,
 ) -> Objective:
     """EXO for pairs (`losses.preferences.exo`); the smoothing must be positive."""
@@ -105,36 +105,36 @@ def discopop(
     beta: float = 0.1,
     *,
     temperature: float = 0.05,
-    ratio: LogRatio = LogRatio(),
+    ratio: LogRatio = TO_REFERENCE,
     reducer: Reducer = token_mean,
 ) -> Objective:
     """The log-ratio modulated loss (`losses.preferences.discopop`)."""
     return _of_gap(preferences.discopop, "discopop", ratio, beta, reducer, temperature=temperature)
 
 
-def nca(beta: float = 0.1, *, ratio: LogRatio = LogRatio(), reducer: Reducer = token_mean) -> Objective:
+def nca(beta: float = 0.1, *, ratio: LogRatio = TO_REFERENCE, reducer: Reducer = token_mean) -> Objective:
     """NCA for pairs (`losses.preferences.nca`)."""
     return _of_both(preferences.nca, "nca", ratio, beta, reducer)
 
 
 def bco(
-    beta: float = 0.1, *, shift: float = 0.0, ratio: LogRatio = LogRatio(), reducer: Reducer = token_mean
+    beta: float = 0.1, *, shift: float = 0.0, ratio: LogRatio = TO_REFERENCE, reducer: Reducer = token_mean
 ) -> Objective:
     """BCO for pairs (`losses.preferences.bco`)."""
     return _of_both(preferences.bco, "bco", ratio, beta, reducer, shift=shift)
 
 
-def sppo(beta: float = 0.1, *, ratio: LogRatio = LogRatio(), reducer: Reducer = token_mean) -> Objective:
+def sppo(beta: float = 0.1, *, ratio: LogRatio = TO_REFERENCE, reducer: Reducer = token_mean) -> Objective:
     """SPPO with hard labels (`losses.preferences.sppo`)."""
     return _of_both(preferences.sppo, "sppo", ratio, beta, reducer)
 
 
-def apo_zero(beta: float = 0.1, *, ratio: LogRatio = LogRatio(), reducer: Reducer = token_mean) -> Objective:
+def apo_zero(beta: float = 0.1, *, ratio: LogRatio = TO_REFERENCE, reducer: Reducer = token_mean) -> Objective:
     """APO for models worse than the chosen answers (`losses.preferences.apo_zero`)."""
     return _of_both(preferences.apo_zero, "apo_zero", ratio, beta, reducer)
 
 
-def apo_down(beta: float = 0.1, *, ratio: LogRatio = LogRatio(), reducer: Reducer = token_mean) -> Objective:
+def apo_down(beta: float = 0.1, *, ratio: LogRatio = TO_REFERENCE, reducer: Reducer = token_mean) -> Objective:
     """APO for models better than the chosen answers (`losses.preferences.apo_down`)."""
     return _of_both(preferences.apo_down, "apo_down", ratio, beta, reducer)
 
@@ -144,7 +144,7 @@ def aot(
     *,
     label_smoothing: float = 0.0,
     unpaired: bool = False,
-    ratio: LogRatio = LogRatio(),
+    ratio: LogRatio = TO_REFERENCE,
     reducer: Reducer = token_mean,
 ) -> Objective:
     """Optimal-transport alignment (`losses.preferences.aot`). Sorts over the batch, which must not be split."""
@@ -253,7 +253,7 @@ def kto(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
     reference_point: bool = True,
-    ratio: LogRatio = LogRatio(),
+    ratio: LogRatio = TO_REFERENCE,
     reducer: Reducer = token_mean,
 ) -> Objective:
     """KTO (`losses.preferences.kto`) on answers that are liked or not, `batch.desirable`.
@@ -265,7 +265,7 @@ def kto(
     def function(outputs: Outputs, batch: PairBatch, *others: Outputs) -> Any:
         found = log_ratios(outputs, batch, others[0] if others else None, ratio)
         if batch.desirable is None:
-            raise UserError("KTO needs answers marked as liked or not; make batches with lmjax.data.answer_batch.")
+            raise UserError("KTO needs answers marked as liked or not; give data whose records have a label.")
         answers, mismatched = found.score
         liked, there = batch.desirable, batch.pairs
         kl: jax.Array | float = 0.0

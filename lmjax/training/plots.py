@@ -21,8 +21,8 @@ def plot_run(records: Sequence[Record], directory: Path | str, title: str = "") 
 
     Args:
       records: as `lmjax.training.metrics.read_metrics` returns them.
-      directory: where `loss.png`, `learning_rate.png`, `gradient_norm.png`, `throughput.png` and
-        `overview.png` go.
+      directory: where `loss.png`, `learning_rate.png`, `gradient_norm.png`, `throughput.png`, those of preferences
+        and `overview.png` go.
       title: the name of the run.
 
     Returns:
@@ -165,11 +165,46 @@ def _throughput(ax: Any, records: Sequence[Record]) -> None:
         ax.set_title(f"MFU {100 * sorted(shares)[len(shares) // 2]:.1f} %", loc="right", fontsize=10, color=_INK)
 
 
+def _margins(ax: Any, records: Sequence[Record]) -> None:
+    _style(ax, "Reward margins", "chosen less rejected")
+    _both(ax, records, "rewards/margins")
+
+
+def _accuracies(ax: Any, records: Sequence[Record]) -> None:
+    _style(ax, "Pairs the right way round", "share")
+    _both(ax, records, "rewards/accuracies")
+    ax.set_ylim(0, 1.03)
+
+
+def _drift(ax: Any, records: Sequence[Record]) -> None:
+    _style(ax, "Log-probability of the answers", "nats an answer")
+    for key, color in (("logps/chosen", _BLUE), ("logps/rejected", _ORANGE)):
+        steps, values = _series(records, key)
+        if values:
+            ax.plot(steps, values, color=color, linewidth=0.8, alpha=0.35)
+            ax.plot(steps, smooth(values, len(values) / 50), color=color, linewidth=1.8, label=key.split("/")[1])
+    ax.legend(frameon=False, labelcolor=_INK)
+
+
+def _both(ax: Any, records: Sequence[Record], key: str) -> None:
+    """A series in training and on held-out examples."""
+    steps, values = _series(records, key)
+    if values:
+        _noisy(ax, steps, values, "training")
+    held_steps, held = _series(records, f"validation/{key}")
+    if held:
+        ax.plot(held_steps, held, color=_ORANGE, linewidth=1.8, marker="o", markersize=4, label="validation")
+    ax.legend(frameon=False, labelcolor=_INK)
+
+
 _PANELS = (
     ("loss", ("loss", "validation/loss"), _loss),
     ("learning_rate", ("learning_rate",), _learning_rate),
     ("gradient_norm", ("grad_norm",), _gradient_norm),
     ("throughput", ("tokens_per_second",), _throughput),
+    ("reward_margins", ("rewards/margins", "validation/rewards/margins"), _margins),
+    ("accuracies", ("rewards/accuracies", "validation/rewards/accuracies"), _accuracies),
+    ("answer_logprobs", ("logps/chosen",), _drift),
 )
 
 
