@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmjax.errors import UserError
+from lmjax.models.adapted import chosen_rows
 from lmjax.models.config import DecoderConfig
 from lmjax.models.decoder import Variables
 from lmjax.models.layout import unstack_layers
@@ -68,7 +69,7 @@ class Step(NamedTuple):
     layers: Any
 
 
-def prepare(policy: Policy, variables: Variables | Model, rows: int = 0) -> Model:
+def prepare(policy: Policy, variables: Variables | Model, rows: int = 0, *, by_row: bool = False) -> Model:
     """Lays a model out for decoding. Arrays that need no change are shared, not copied.
 
     Layers that are stacked for a scan are unstacked: a loop would slice them for every token. For one row on CPU, the
@@ -78,10 +79,19 @@ def prepare(policy: Policy, variables: Variables | Model, rows: int = 0) -> Mode
     Args:
       policy, variables: the model. One that was prepared before is handed back.
       rows: how many rows will be decoded together.
+      by_row: whether rows stay where they are, so that adapters may have been chosen for each.
+
+    Raises:
+      UserError: adapters were chosen row by row for a way of decoding that moves rows.
     """
     if isinstance(variables, Model):
         return variables
     own: Variables = {name: tree for name, tree in variables.items() if name != "cache"}
+    if not by_row and chosen_rows(own) is not None:
+        raise UserError(
+            "these adapters were chosen row by row, which lmjax.generation.generate and stream can decode with; "
+            "here, give a model with one adapter for all rows."
+        )
     config = policy.config
     if isinstance(config, DecoderConfig) and config.scanned:
         policy = _unrolled(policy)

@@ -19,6 +19,7 @@ from lmjax.generation import constraints as grammar
 from lmjax.generation.decoding import Model, check_prompts, pad_prompts, prepare
 from lmjax.generation.engine import FINISH, Generation, Rules, State, advance, collect, start, stop
 from lmjax.generation.processors import Processor, check, per_row
+from lmjax.models.adapted import chosen_rows
 from lmjax.models.decoder import Variables
 from lmjax.modules.cache import CacheSpec, Dense
 from lmjax.policy import Policy
@@ -195,6 +196,12 @@ def begin(
     filled = list(range(count)) + [count - 1] * (-count % data)
     B = len(filled) * samples
     rows = [rows[offset + i] for offset in range(0, len(rows), count) for i in filled]
+    own = variables.variables if isinstance(variables, Model) else variables
+    if (chosen := chosen_rows(own)) is not None and (chosen != len(rows) or samples > 1):
+        raise UserError(
+            f"adapters were chosen for {chosen} rows, and there are {len(rows)} with {samples} samples each; choose "
+            "one for each row (negative prompts come last), and repeat prompts instead of asking for samples."
+        )
     spread = functools.partial(_per_prompt, rows=np.array(filled), samples=samples)
     temperature_B = spread("temperature", temperature, np.float32)
     if not np.all(temperature_B >= 0) or not np.all(np.isfinite(temperature_B)):
@@ -217,7 +224,7 @@ def begin(
         greedy=bool(np.any(temperature_B == 0)),
         drawn=bool(np.any(temperature_B > 0)),
     )
-    model = prepare(policy, variables, rows=0 if mesh is not None else B * (1 if guidance is None else 2))
+    model = prepare(policy, variables, rows=0 if mesh is not None else B * (1 if guidance is None else 2), by_row=True)
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
     state = start(
         model, pad_prompts(policy, rows, before + N), keys_B, prefix, N=N, spec=cache or Dense(), chunk=chunk,

@@ -134,7 +134,8 @@ def attend(
                 before = jnp.where(prefix.visible[:, None, None, :], before, -jnp.inf)
             own = jax.nn.logsumexp(jax.lax.optimization_barrier(scores), axis=-1, keepdims=True)
             share, weights = jnp.split(jax.nn.softmax(jnp.concatenate([own, before], axis=-1), axis=-1), [1], axis=-1)
-            out = share * out + _grouped(weights.astype(value.dtype), prefix.values.astype(value.dtype), "bgmp,gpk->bgmk")
+            values = prefix.values.astype(value.dtype)
+            out = share * out + _grouped(weights.astype(value.dtype), values, "bgmp,gpk->bgmk")
         return out.reshape(B, G, H // G, stop - start, K)
 
     count = max(1, min(4, T // 64)) if index_causal else 1
