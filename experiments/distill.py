@@ -87,7 +87,7 @@ def run(config: DistillConfig, options: command_line.Options) -> int:
     )
 
     # What is measured and shown along the way: always of the moving average, where there is one.
-    measured = lm.objectives.cross_entropy() + lm.objectives.distillation()
+    measured = lm.objectives.cross_entropy() + lm.objectives.distillation() + lm.objectives.agreement()
 
     def score(state: Any, batches: Any) -> dict[str, float]:
         return _score(measured, policy, state.averaged, batches, roles, mesh)
@@ -284,7 +284,7 @@ def _score(
     sums = lm.evaluation.evaluate_objective(objective, policy, variables, batches, roles=roles, mesh=mesh)
     nats, tokens = sums["loss/cross_entropy"]
     score = lm.evaluation.Score(nats, tokens, sums["accuracy"][0], batches.bytes)
-    near = {"kl_from_teacher": "loss/distillation_teacher", "agreement": "agreement"}
+    near = {"kl_from_teacher": "loss/distillation_teacher", "agreement": "loss/agreement_teacher"}
     return score.metrics() | {name: sums[key][0] / max(sums[key][1], 1.0) for name, key in near.items()}
 
 

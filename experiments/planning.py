@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from jax.sharding import Mesh
 
-    from experiments.sft_config import SftConfig
+    from experiments.finetuning_config import FinetuningConfig
     from lmjax.training.state import TrainState
 
 
@@ -96,7 +96,11 @@ def make_plan(config: PretrainConfig, mesh: Mesh) -> RunPlan:
 
 
 def make_finetuning_plan(
-    config: SftConfig, policy: lm.Policy, make_state: Callable[[], TrainState], trainable: Sequence[str], mesh: Mesh
+    config: FinetuningConfig,
+    policy: lm.Policy,
+    make_state: Callable[[], TrainState],
+    trainable: Sequence[str],
+    mesh: Mesh,
 ) -> RunPlan:
     """The plan of a run that trains part of what it has. Nothing is computed: shapes only.
 
@@ -124,7 +128,7 @@ def make_finetuning_plan(
     gradients = bytes_per_device(part, trainable_part(places.variables, trainable))
     moments = bytes_per_device(shapes.opt_state, places.opt_state)
     whole = trained == lm.policy.count_parameters(shapes.variables)
-    flops = flops_per_token(policy.config, config.data.sequence_length) if whole else None
+    flops = flops_per_token(policy.config, config.row_length) if whole else None
     lines = [
         f"mesh        {' × '.join(f'{axis}={size}' for axis, size in mesh.shape.items())}, "
         f"{mesh.devices.flat[0].device_kind}",
@@ -132,7 +136,7 @@ def make_finetuning_plan(
         f"({trained / plan.num_parameters:.2%}: {', '.join(trainable)})",
         f"memory      {_bytes(parameters + gradients + moments)} a device without activations: parameters "
         f"{_bytes(parameters)}, gradients {_bytes(gradients)}, optimizer {_bytes(moments)}",
-        f"batch       {config.batch_size} rows × {config.data.sequence_length} tokens at the most"
+        f"batch       {config.batch_size} rows × {config.row_length} tokens at the most"
         + (f", in {config.microbatches} microbatches" if config.microbatches > 1 else ""),
     ]
     return RunPlan(shapes, plan.table(), "\n".join(lines), flops)

@@ -11,7 +11,7 @@ __getattr__, __dir__, __all__ = attach(
         "expressions": ["parse_objective"],
         "evaluation": ["Evaluation", "evaluate", "finalize", "term_weights"],
         "matching": ["attention_maps", "hidden_states"],
-        "pairs": ["LogRatio", "pair_term"],
+        "pairs": ["LogRatio", "pair_term", "with_cached_reference"],
         "pluralistic": ["belief_kl", "belief_nll", "gdpo"],
         "preferences": [
             "alphapo",
@@ -44,6 +44,6 @@ __getattr__, __dir__, __all__ = attach(
             "token_mean",
             "token_sum",
         ],
-        "terms": ["auxiliary", "cross_entropy", "distillation", "divergence", "entropy", "kl", "z_loss"],
+        "terms": ["agreement", "auxiliary", "cross_entropy", "distillation", "divergence", "entropy", "kl", "z_loss"],
     },
 )

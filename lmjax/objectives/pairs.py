@@ -206,3 +206,29 @@ def pair_term(
         return *over_pairs(values, batch.pairs), metrics
 
     return Objective(((1.0, Term(name, function, reducer, how.roles, couples_rows=couples_rows)),))
+
+
+class _Cached(NamedTuple):
+    logprobs: jax.Array
+
+
+def with_cached_reference(objective: Objective, role: str = "reference") -> Objective:
+    """The objective with a role's log-probabilities read from the batch (`reference_logprobs`): it need not run.
+
+    The terms must read nothing else of that role.
+    """
+
+    def cached(own: Term) -> Term:
+        if role not in own.roles:
+            return own
+
+        def function(outputs: Outputs, batch: PairBatch, *others: Outputs) -> Any:
+            if getattr(batch, "reference_logprobs", None) is None:
+                raise UserError("the batch holds no reference log-probabilities; compute them first, or name a role.")
+            rest = iter(others)
+            given = [_Cached(batch.reference_logprobs) if name == role else next(rest) for name in own.roles]
+            return own.function(outputs, batch, *given)
+
+        return dataclasses.replace(own, function=function, roles=tuple(name for name in own.roles if name != role))
+
+    return Objective(tuple((coefficient, cached(own)) for coefficient, own in objective.terms))

@@ -113,7 +113,7 @@ def distillation(
     """Divergence from a teacher's softened distribution, by default `t^2 KL(teacher_t || student_t)`.
 
     That is the cross-entropy to the teacher (arXiv:1503.02531) less its entropy, whose gradient is 0. With `beta` it is
-    GKD's family (arXiv:2306.13649). The metric "agreement" is the share of tokens where both have one likeliest token.
+    GKD's family (arXiv:2306.13649).
 
     Args:
       role: the teacher's role; its vocabulary must be the student's.
@@ -142,11 +142,23 @@ def distillation(
         return factor * measure(own / temperature, teacher / temperature)
 
     def function(outputs: Any, batch: Batch, teacher: Any) -> Any:
-        values = outputs.map_logits(rows, teacher)
-        agreement = outputs.map_logits(divergences.same_likeliest, teacher)
-        return values, batch.mask, {"agreement": (agreement, batch.mask)}
+        return outputs.map_logits(rows, teacher), batch.mask
 
     return _objective(f"distillation_{role}", function, reducer, (role,))
+
+
+def agreement(role: str = "teacher", *, reducer: Reducer = token_mean) -> Objective:
+    """1 at tokens where the role finds the same one likeliest, else 0. Without gradient: for evaluations.
+
+    Args:
+      role: the other model's role; its vocabulary must be the policy's.
+      reducer: see `lmjax.objectives.reducers`.
+    """
+
+    def function(outputs: Any, batch: Batch, other: Any) -> Any:
+        return outputs.map_logits(divergences.same_likeliest, other), batch.mask
+
+    return _objective(f"agreement_{role}", function, reducer, (role,))
 
 
 def auxiliary(name: str, *, couples_rows: bool = True) -> Objective:
