@@ -49,8 +49,9 @@ def evaluate_objective(
     >>> variables = policy.init(jax.random.key(0))
     >>> batch = lm.batch.next_token_batch(np.array([[0, 1, 2]]))
     >>> roles = {"teacher": variables}
-    >>> sums = evaluate_objective(lm.objectives.distillation(), policy, variables, [batch], roles=roles)
-    >>> sums["loss/distillation_teacher"], sums["agreement"]
+    >>> objective = lm.objectives.distillation() + lm.objectives.agreement()
+    >>> sums = evaluate_objective(objective, policy, variables, [batch], roles=roles)
+    >>> sums["loss/distillation_teacher"], sums["loss/agreement_teacher"]
     ((0.0, 2.0), (2.0, 2.0))
     """
     rules = tuple(rules)

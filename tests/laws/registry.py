@@ -73,6 +73,7 @@ TERMS: dict[str, Case] = {
     "distillation_top_k": _case(T.distillation, "teacher", top_k=3, fused=False),
     "distillation_reverse": _case(T.distillation, "teacher", beta=1.0, temperature=0.7, scaled=False, fused=False),
     "distillation_js": _case(T.distillation, "teacher", beta=0.4, fused=False),
+    "agreement": _case(T.agreement, fused=False),
     "hidden_cosine": _case(M.hidden_states, "teacher", fused=False),
     "hidden_mse": _case(M.hidden_states, "teacher", "mse", layers="uniform", fused=False),
     "attention_scores": _case(M.attention_maps, "teacher", fused=False),

@@ -15,7 +15,7 @@ import pytest
 import lmjax as lm
 from lmjax import UserError
 from lmjax.losses import matching
-from lmjax.objectives import Role, attention_maps, distillation, evaluate, finalize, hidden_states
+from lmjax.objectives import Role, agreement, attention_maps, distillation, evaluate, hidden_states
 from lmjax.policy import Request, add_projection
 from lmjax.training.state import init_state
 from lmjax.training.step import make_step
@@ -83,8 +83,8 @@ def test_agreement_counts_the_tokens_where_both_say_the_same():
     table = lambda ids: {"params": {"table": jax.nn.one_hot(jnp.array(ids), 4)}}
     batch = lm.batch.next_token_batch(np.array([[0, 1, 2, 3, 0]]), mask=np.array([[0, 1.0, 1, 1, 0]]))
     roles = {"teacher": table([1, 2, 3, 0])}
-    found = finalize(evaluate(distillation(), policy, table([1, 0, 3, 1]), batch, roles=roles).sums)
-    assert float(found["agreement"]) == pytest.approx(2 / 3)
+    found = evaluate(agreement(), policy, table([1, 0, 3, 1]), batch, roles=roles)
+    assert float(found.loss) == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("name", ["cosine", "mse", "scores", "probabilities"])

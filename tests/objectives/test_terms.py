@@ -60,6 +60,7 @@ def test_values_against_materialised_rows():
         "distillation_top_k": kl_of(jax.nn.log_softmax(top), top_own),
         "distillation_reverse": kl_of(*(jax.nn.log_softmax(rows / 0.7) for rows in (own, teacher))),
         "distillation_js": 0.4 * kl_of(teacher, mixed) + 0.6 * kl_of(own, mixed),
+        "agreement": own.argmax(-1) == teacher.argmax(-1),
         "auxiliary": aux["per_token"],
     }
     for name, values in expected.items():
