@@ -117,7 +117,8 @@ def _noisy(ax: Any, steps: list[int], values: list[float], label: str) -> None:
 
 
 def _loss(ax: Any, records: Sequence[Record]) -> None:
-    _style(ax, "Loss", "nats a token")
+    preferences = any("rewards/margins" in record for record in records)
+    _style(ax, "Loss", "loss of a pair" if preferences else "nats a token")
     steps, values = _series(records, "loss")
     held_steps, held = _series(records, "validation/loss")
     if values:
