@@ -174,20 +174,21 @@ def fact_value(
         "kl": kl, "weight_decay": weight_decay, "clamp": clamp, "enough": enough, "learning_rate": learning_rate,
     }  # fmt: skip
     return _optimized(
-        model.policy, layer, steps, model.variables, rows.batch, jnp.asarray(rows.subjects),
-        next_token_batch(np.pad(ids, (0, 1))[None]), {name: jnp.float32(x) for name, x in numbers.items()},
+        model.policy, layer, model.variables, rows.batch, jnp.asarray(rows.subjects),
+        next_token_batch(np.pad(ids, (0, 1))[None]), jnp.int32(steps),
+        {name: jnp.float32(x) for name, x in numbers.items()},
     )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _optimized(
     policy: Policy,
     layer: int,
-    steps: int,
     variables: Variables,
     batch: Batch,
     subjects_B: jax.Array,
     essence: Batch,
+    steps: jax.Array,
     numbers: dict[str, jax.Array],
 ) -> jax.Array:
     def essence_logprobs(delta_D: jax.Array) -> jax.Array:
@@ -215,7 +216,7 @@ def _optimized(
     optimizer = optax.adam(numbers["learning_rate"])
     most = numbers["clamp"] * jnp.linalg.norm(start_D)
 
-    def step(carry: Any, _: None) -> tuple[Any, None]:
+    def step(_: Any, carry: Any) -> Any:
         delta_D, state, done = carry
         value, gradient = jax.value_and_grad(loss)(delta_D)
         done = done | (value < numbers["enough"])
@@ -223,11 +224,10 @@ def _optimized(
         moved = delta_D + update
         moved = moved * jnp.minimum(1, most / jnp.maximum(jnp.linalg.norm(moved), 1e-12))
         keep = lambda new, old: jnp.where(done, old, new)
-        return (keep(moved, delta_D), jax.tree.map(keep, after, state), done), None
+        return keep(moved, delta_D), jax.tree.map(keep, after, state), done
 
     zero = jnp.zeros_like(start_D)
-    (delta_D, _, _), _ = jax.lax.scan(step, (zero, optimizer.init(zero), jnp.bool_(False)), None, steps)
-    return start_D + delta_D
+    return start_D + jax.lax.fori_loop(0, steps, step, (zero, optimizer.init(zero), jnp.bool_(False)))[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

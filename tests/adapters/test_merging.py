@@ -19,7 +19,7 @@ from tests.adapters.make_merging_fixtures import DENSITIES, FIXTURES, WEIGHTS, o
 
 # No difference of two of them needs more bits than float64 has.
 FLOATS = st.floats(-8, 8, width=32).map(lambda x: x if abs(x) > 2**-20 else 0.0)
-quick = settings(max_examples=40, deadline=None)
+quick = settings(max_examples=20, deadline=None)
 
 
 def arrays(count: int, size: int = 6) -> Any:
