@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmjax.errors import UserError
-from lmjax.models.adapted import chosen_rows
+from lmjax.models.adapted import WORKED_OUT, chosen_rows
 from lmjax.models.config import DecoderConfig
 from lmjax.models.decoder import Variables
 from lmjax.models.layout import unstack_layers
@@ -96,6 +96,8 @@ def prepare(policy: Policy, variables: Variables | Model, rows: int = 0, *, by_r
     if isinstance(config, DecoderConfig) and config.scanned:
         policy = _unrolled(policy)
         own = _unstack(own)
+    if WORKED_OUT & set(own):
+        own = _resolve(policy, own)
     if rows == 1 and jax.default_backend() == "cpu":
         weight = policy.model.head(own).weight
         if weight is not None:
@@ -107,6 +109,13 @@ def prepare(policy: Policy, variables: Variables | Model, rows: int = 0, *, by_r
 def _unrolled(policy: Policy) -> Policy:
     config: Any = policy.config
     return dataclasses.replace(policy, model=dataclasses.replace(config, layers="unrolled"))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _resolve(policy: Policy, variables: Variables) -> Variables:
+    """Adapters that are functions of others, once and not for every token."""
+    found: Variables = policy.model.resolve(variables)
+    return found
 
 
 _unstack = jax.jit(unstack_layers)
@@ -170,6 +179,8 @@ def pad_prompts(policy: Policy, prompts: Sequence[Any], new_tokens: int) -> Prom
     rows = check_prompts(policy, prompts, new_tokens)
     lengths = np.array([len(row) for row in rows], np.int32)
     P = bucket(int(lengths.max()))
+    if isinstance(policy.config, DecoderConfig) and policy.config.position == "learned":
+        P = min(P, policy.config.max_length)
     tokens, segments, positions = np.zeros((3, len(rows), P), np.int32)
     for b, row in enumerate(rows):
         tokens[b, P - len(row) :] = row

@@ -19,6 +19,9 @@ from lmjax.modules.adapted import CONSTANT
 Variables = dict[str, Any]
 
 
+WORKED_OUT = frozenset({"delta", "prefix_network", "prompt"})  # what `resolve` has to do with
+
+
 def resolve(model: Any, variables: Variables) -> Variables:
     """The variables as the layers read them. Nothing is copied that need not be."""
     variables = add_delta(variables)

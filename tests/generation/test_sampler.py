@@ -177,3 +177,9 @@ def test_bad_input_is_one_sentence(prompts: list, options: dict, sentence: str) 
     policy, variables = _model("learned")
     with pytest.raises(lm.UserError, match=sentence):
         generate(policy, variables, prompts, jax.random.key(0), **({"max_new_tokens": 4} | options))
+
+
+def test_prompts_are_not_padded_beyond_learned_positions():
+    policy = lm.Policy(lm.models.gpt2(16, num_layers=1, embed_dim=16, num_heads=2, max_length=12))
+    found = generate(policy, policy.init(jax.random.key(0)), [np.arange(5)], jax.random.key(1), max_new_tokens=7)
+    assert found.tokens.shape == (1, 7)

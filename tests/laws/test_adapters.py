@@ -266,3 +266,17 @@ def test_ranks_differ_by_layer_side_by_side_only():
     assert variables["lora"]["layer_0"]["mlp"]["up"]["a"].shape == (16, 2)
     with pytest.raises(UserError, match="differs from layer to layer"):
         method.init(jax.random.key(0), variables_of(MODELS["scanned"]))
+
+
+@pytest.mark.parametrize("method", ["delta", "prefix_network", "prompt"])
+def test_what_is_worked_out_is_worked_out_once_for_decoding(method):
+    config = MODELS["gpt2"]
+    variables = _noisy(_adapted(method, config)[1])
+    model = lm.generation.decoding.prepare(lm.Policy(config), variables)
+    assert not {"delta", "prefix_network", "prompt"} & set(model.variables)
+    prompts, key = [TOKENS[0, :5], TOKENS[1, :3]], jax.random.key(0)
+    found = lm.generation.generate(lm.Policy(config), variables, prompts, key, max_new_tokens=4, temperature=0.0)
+    said = [np.concatenate([prompt, row]) for prompt, row in zip(prompts, found.tokens, strict=True)]
+    for prompt, row in zip(prompts, said, strict=True):
+        logits = _logits(config, variables, row[None])
+        np.testing.assert_array_equal(logits[0, len(prompt) - 1 : -1].argmax(-1), row[len(prompt) :])
