@@ -192,11 +192,11 @@ class Decoder:
         if embedding_noise and rng is None:
             raise UserError("noise on the embeddings needs an rng; pass policy(..., rng=key, train=True).")
         variables = self.resolve(variables)
-        params = variables["params"]
         cache = variables.get("cache")
         length, offset = adapted.prefix_length(variables)
         self._check_length(length + tokens_BT.shape[1])
         positions_BT = positions_BT + offset
+        params = variables["params"]
         table_VD = constrain(params["embed"]["embedding"], ("vocab", None))
         x_BTD = jnp.take(table_VD, tokens_BT, axis=0)
         if embedding_noise:

@@ -14,6 +14,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lmjax.losses.slices import Static
+from lmjax.modules.quantized import Quantized
+from lmjax.modules.quantized import multiply as quantized_product
+
 CONSTANT = "constant"  # the key of what an adapter holds and no optimizer touches
 NAMES = {
     "relu": jax.nn.relu,
@@ -37,26 +41,24 @@ def scaled(layer: nn.Module, side: str, x_ND: jax.Array) -> jax.Array:
     return x_ND * (vector if vector.ndim == 1 else over_rows(vector, x_ND))
 
 
-def low_rank(
-    layer: nn.Module, x_ND: jax.Array, y_ND: jax.Array, product: Callable[[jax.Array], jax.Array]
-) -> jax.Array:
-    """A product of the layer's weight, with what LoRA and DoRA make of it.
+def product(layer: nn.Module, x_ND: jax.Array, weight: jax.Array | Quantized) -> jax.Array:
+    """A linear layer's input times its weight, with what LoRA and DoRA make of it.
 
-    LoRA (arXiv:2106.09685): `y + (x a * scale) b`. DoRA (arXiv:2402.09353): the columns of `W + a scale b` brought to
+    LoRA (arXiv:2106.09685): `x W + (x a * scale) b`. DoRA (arXiv:2402.09353): the columns of `W + a scale b` brought to
     learned lengths, `magnitude / |W + a scale b|`, the denominator without a gradient.
 
     Args:
       layer: the linear layer.
-      x_ND: its input.
-      y_ND: `x W`.
-      product: x -> x W.
+      x_ND: its input, [N, in].
+      weight: [in, out], of the type of x, or quantized.
     """
+    multiply = lambda x: quantized_product(x.astype(x_ND.dtype), weight)
     if layer.has_variable("lora", "a"):
-        y_ND = y_ND + _update(layer, _read(layer, "lora"), x_ND)
+        return _with_update(layer, _read(layer, "lora"), x_ND, weight)
     if layer.has_variable("dora", "a"):
         own = _read(layer, "dora")
-        y_ND = (y_ND + _update(layer, own, x_ND)) * column_gain(own, product).astype(y_ND.dtype)
-    return y_ND
+        return _with_update(layer, own, x_ND, weight) * column_gain(own, multiply).astype(x_ND.dtype)
+    return multiply(x_ND)
 
 
 def _read(layer: nn.Module, kind: str) -> dict[str, Any]:
@@ -64,17 +66,58 @@ def _read(layer: nn.Module, kind: str) -> dict[str, Any]:
     return {name: layer.get_variable(kind, name) for name in names if layer.has_variable(kind, name)}
 
 
-def _update(layer: nn.Module, own: dict[str, Any], x_ND: jax.Array) -> jax.Array:
-    """`(dropout(x) a * scale) b`, with each row's choice among the directions of `a` where there is one."""
+def _with_update(
+    layer: nn.Module, own: dict[str, Any], x_ND: jax.Array, weight: jax.Array | Quantized
+) -> jax.Array:
+    """`x W + (dropout(x) a * scale) b`, with each row's choice among the directions of `a` where there is one."""
     dtype, constant = x_ND.dtype, own[CONSTANT]
-    if "dropout" in constant and layer.has_rng("dropout"):
+    a, b, scale = own["a"].astype(dtype), own["b"].astype(dtype), constant["scale"].astype(dtype)
+    dropping = "dropout" in constant and layer.has_rng("dropout")
+    (N, into), out = x_ND.shape, b.shape[1]
+    # In 16 bits a sum with the weight would round small updates away.
+    exact = dtype == jnp.float32 and isinstance(weight, jax.Array)
+    if exact and not dropping and "rows" not in constant and N * (into + out) > into * out:
+        return summed_product(x_ND, weight, a, b, scale)
+    y_ND = quantized_product(x_ND, weight)
+    if dropping:
         rate = constant["dropout"]
         keep = jax.random.bernoulli(layer.make_rng("dropout"), 1 - rate, x_ND.shape)
         x_ND = jnp.where(keep, x_ND / (1 - rate), 0).astype(dtype)
-    h_NR = (x_ND @ own["a"].astype(dtype)) * constant["scale"].astype(dtype)
+    h_NR = (x_ND @ a) * scale
     if "rows" in constant:
         h_NR = h_NR * over_rows(constant["rows"].astype(dtype), h_NR)
-    return h_NR @ own["b"].astype(dtype)
+    return y_ND + h_NR @ b
+
+
+@jax.custom_vjp
+def summed_product(x_ND: jax.Array, weight: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
+    """`x (W + a scale b)`, the sum made anew in the backward pass: four thin products with the tokens in place of six.
+
+    Of the orders in which LoRA can be computed it takes the fewest operations where there are many tokens (RunLoRA,
+    arXiv:2312.03415). The gradient of W is computed only where somebody wants it.
+    """
+    return x_ND @ (weight + (a * scale) @ b)
+
+
+def _summed_forward(*primals: Any) -> tuple[jax.Array, Any]:
+    values = tuple(primal.value for primal in primals)
+    return summed_product(*values), (values, Static(primals[1].perturbed))
+
+
+def _summed_backward(residuals: Any, g_NE: jax.Array) -> tuple[Any, ...]:
+    (x_ND, weight, a, b, scale), weight_too = residuals
+    if isinstance(g_NE, jax.custom_derivatives.SymbolicZero):
+        return tuple(map(jnp.zeros_like, (x_ND, weight, a, b, scale)))
+    back = g_NE @ b.T
+    along = x_ND @ a
+    # On CPU the product over tokens takes a quarter of the time with the few rows in front, and XLA would turn it.
+    turned = jax.lax.optimization_barrier((back * scale).T @ x_ND)
+    d_x = g_NE @ (weight + (a * scale) @ b).T
+    d_weight = x_ND.T @ g_NE if weight_too.value else None
+    return d_x, d_weight, turned.T, (along * scale).T @ g_NE, jnp.sum(along * back, axis=0)
+
+
+summed_product.defvjp(_summed_forward, _summed_backward, symbolic_zeros=True)
 
 
 def column_gain(own: dict[str, Any], product: Callable[[jax.Array], jax.Array]) -> jax.Array:

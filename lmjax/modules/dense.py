@@ -35,8 +35,7 @@ class Dense(nn.Module):
         if weight is None:
             initial = nn.initializers.normal(self.init_std)
             weight = self.param("kernel", initial, (x_ND.shape[-1], self.features), jnp.float32).astype(dtype)
-        product = lambda x: quantized.multiply(x.astype(dtype), weight)
-        y = adapted.low_rank(self, x_ND, product(x_ND), product)
+        y = adapted.product(self, x_ND, weight)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(dtype)
         return adapted.scaled(self, "output", y)
