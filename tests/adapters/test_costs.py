@@ -85,3 +85,22 @@ def test_rank_16_takes_two_percent_of_a_models_optimizer_state():
 
     params, own = jax.eval_shape(sizes, jax.random.key(0))
     assert adapters.count(own) <= 0.02 * sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def test_sums_of_weight_and_update_are_not_kept_for_the_backward_pass():
+    """They would be a second copy of the model. Of eight layers, a LoRA step holds little more than an IA3 step."""
+    policy = lm.Policy(
+        lm.models.llama(50, num_layers=8, embed_dim=256, num_heads=4, mlp_dim=512, layers="unrolled", max_length=32)
+    )
+
+    def temporary(method: Any) -> int:
+        variables = jax.eval_shape(lambda key: method.init(key, policy.init(key)), jax.random.key(0))
+        state = jax.eval_shape(
+            lambda v: lm.training.new_state(v, optax.sgd(0.1), jax.random.key(0), trainable=method.trainable), variables
+        )
+        step = lm.training.make_step(policy, lm.objectives.cross_entropy(), optax.sgd(0.1), trainable=method.trainable)
+        compiled = step.lower(state, next_token_batch(np.ones((8, 33), np.int32))).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    weights = 8 * (4 * 256 * 256 + 3 * 256 * 512) * 4
+    assert temporary(adapters.lora(2)) - temporary(adapters.ia3()) < weights / 4
