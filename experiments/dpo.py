@@ -22,6 +22,7 @@ from experiments.support import OpenedModel, use_compilation_cache
 from lmjax import command_line
 from lmjax.data.config import DataConfig
 from lmjax.errors import UserError
+from lmjax.tokenizers.base import digest
 
 PAIRS, PRETRAIN = "pairs", "pretrain"  # streams, where there are two
 
@@ -32,6 +33,8 @@ def run(config: DpoConfig, options: command_line.Options) -> int:
     use_compilation_cache(DataConfig().cache_root())
     objective = lm.objectives.parse_objective(config.objective)
     mesh = finetuning.make_mesh(config)
+    if config.pretrain_batch_size:
+        lm.sharding.check_batch_size(config.pretrain_batch_size, mesh, microbatches=config.microbatches)
 
     # The model to start from, and the preferences as it reads them.
     model = finetuning.open_base(config)
@@ -169,7 +172,7 @@ def _cache_reference(config: DpoConfig, model: OpenedModel, data: Any, held_out:
         return compute(rows.gather(np.minimum(np.arange(size) + first, len(rows) - 1))
                        for first in range(0, len(rows), size))  # fmt: skip
 
-    name = lm.tokenizers.digest([data.fingerprint, finetuning.digest_of(model.variables)])
+    name = digest([data.fingerprint, finetuning.digest_of(model.variables)])
     path = Path(DataConfig().cache_root()) / "reference" / f"{name}.npy"
     data.with_reference(lm.evaluation.kept_on_disk(path, (len(rows), rows.sequence_length), blocks))
     return [
