@@ -56,12 +56,12 @@ def methods(policy: Any) -> dict[str, tuple[Any, float]]:
 class Trainer:
     """Trains one method on one task as often as asked, compiled once."""
 
-    def __init__(self, task: Any, method: Any, steps: int):
+    def __init__(self, task: Any, method: Any):
         import optax
 
-        self._task, self._method, self._steps = task, method, steps
+        self._task, self._method, self._steps = task, method, task.steps
         self._trainable = ("params",) if method is None else method.trainable
-        schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, steps // 10, steps)
+        schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, task.steps // 10, task.steps)
 
         def optimizer(learning_rate: Any) -> Any:
             return optax.chain(
@@ -109,7 +109,7 @@ def trials_of(
         label: Trial = {"task": task.name, "method": name, "rate": float(f"{rate:.4g}"), "seed": seed}
         done = next((old for old in known if all(old[key] == label[key] for key in label)), None)
         if done is None:
-            trainer = trainer or Trainer(task, method, config.steps)
+            trainer = trainer or Trainer(task, method)
             began = time.monotonic()
             done = label | trainer.run(rate, seed) | {"seconds": round(time.monotonic() - began, 2)}
             record(done)

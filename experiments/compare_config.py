@@ -27,7 +27,8 @@ class CompareConfig:
       extensions: how often the range may grow by one rate, while the best is its lowest or its highest.
       factor: what follows a rate is so many times larger.
       seeds: runs of each method at the rate that was best on the part of the held-out examples that is for choosing.
-      steps: of a run.
+      steps: of a run on the synthetic task.
+      instruct_steps: of a run on instruct.
       batch_size: examples of a step.
       sequence_length: tokens of an example of instruct, at the most.
       base_steps: steps of the model that the synthetic task starts from.
@@ -43,8 +44,9 @@ class CompareConfig:
     factor: float = 3.1622776601683795
     seeds: int = 3
     steps: int = 300
-    batch_size: int = 16
-    sequence_length: int = 192
+    instruct_steps: int = 80
+    batch_size: int = 8
+    sequence_length: int = 128
     base_steps: int = 800
     seed: int = 1
 
@@ -52,7 +54,7 @@ class CompareConfig:
         for name, known in (("tasks", TASKS), ("methods", METHODS)):
             if strangers := [value for value in getattr(self, name) if value not in known]:
                 raise UserError(f"{name} has {strangers[0]!r}; choose among {', '.join(known)}")
-        for name in ("rates", "seeds", "steps", "batch_size", "base_steps"):
+        for name in ("rates", "seeds", "steps", "instruct_steps", "batch_size", "base_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; give at least 1")
         if self.seeds > 10:

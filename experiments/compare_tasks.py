@@ -24,6 +24,7 @@ class Task:
 
     Attributes:
       name: for tables.
+      steps: of a run.
       policy, variables: where every method starts.
       batch: (seed, step) -> training batch.
       choosing: held-out batches by which a learning rate is chosen.
@@ -31,6 +32,7 @@ class Task:
     """
 
     name: str
+    steps: int
     policy: lm.Policy
     variables: Any
     batch: Callable[[int, int], Batch]
@@ -91,6 +93,7 @@ def synthetic(config: CompareConfig, say: Callable[[str], None]) -> Task:
     held_out = [word_batch(np.random.default_rng([config.seed, 1, i]), 64, new=True) for i in range(8)]
     return Task(
         "synthetic",
+        config.steps,
         policy,
         jax.device_get(state.variables),
         lambda seed, index: word_batch(np.random.default_rng([config.seed, 2, seed, index]), config.batch_size, True),
@@ -117,9 +120,10 @@ def instruct(config: CompareConfig, say: Callable[[str], None]) -> Task:
         raise UserError("the held-out instructions fill less than two batches; lower --batch-size")
     return Task(
         "instruct",
+        config.instruct_steps,
         model.policy,
         jax.device_get(model.variables),
-        lambda seed, index: data.batch(seed * config.steps + index),
+        lambda seed, index: data.batch(seed * config.instruct_steps + index),
         held_out[::2],
         held_out[1::2],
     )
