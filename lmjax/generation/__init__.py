@@ -14,6 +14,7 @@ __getattr__, __dir__, __all__ = attach(
         "drafters",
         "engine",
         "grammars",
+        "judged",
         "on_policy",
         "processors",
         "sampler",
@@ -33,6 +34,9 @@ __getattr__, __dir__, __all__ = attach(
         "decoding": ["prepare"],
         "grammars": ["json_schema", "json_object", "regex", "lark"],
         "on_policy": ["continued_batch"],
+        "judged": [
+            "JudgedSamples", "answers_batch", "best_and_worst", "best_of_n_batch", "judged_samples", "online_pairs",
+        ],
         "constraints": ["from_callable"],
         "processors": [
             "custom", "guide", "sequence_bias", "logit_bias", "repetition_penalty", "frequency_penalty",
