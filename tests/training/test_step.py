@@ -171,7 +171,7 @@ def test_only_trainable_collections_move():
     assert np.all(np.array(state.variables["delta"]["shift"]) != 0)
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
     assert [leaf.shape for leaf in moments] == [(16,), (16,)]
-    with pytest.raises(UserError, match="no collection 'lora' to train; the variables hold params"):
+    with pytest.raises(UserError, match="nothing to train under 'lora'; the variables hold params"):
         _state(trainable=("lora",))
 
 
