@@ -19,6 +19,7 @@ __getattr__, __dir__, __all__ = attach(
         "modules",
         "objectives",
         "policy",
+        "rl",
         "sharding",
         "tokenizers",
         "training",

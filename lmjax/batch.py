@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 Array = Any  # a NumPy array in a data pipeline, a JAX array or tracer in a step
+
+
+class Fork(NamedTuple):
+    """How the columns of a row are divided: a prompt, and branches of equal width that see it and themselves.
+
+    Attributes:
+      prompt: P, columns of the prompt, from 0; its targets never count.
+      branch: C, columns of each branch; T is P + n C.
+    """
+
+    prompt: int
+    branch: int
 
 
 @jax.tree_util.register_dataclass
@@ -25,6 +37,9 @@ class Batch:
       positions: int32 [B, T], the position of each token within its document.
       temperature: float32 [B] or None. Logits are divided by it wherever log-probabilities are taken, in every
         role, so that a sampler, its policy and its reference can never disagree on it.
+      fork: None, or that every row is one prompt (segment 1) which several continuations of it (segments from 2, one a
+        branch) share: they see it as if it stood before each of them, and it is computed once. A branch begins with
+        the prompt's last token, which the prompt leaves out, so that every branch has a first target of its own.
     """
 
     tokens: Array
@@ -33,6 +48,17 @@ class Batch:
     segments: Array
     positions: Array
     temperature: Array | None = None
+    fork: Fork | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def sequences(self) -> Array:
+        """int32 [B, T], the number of the sequence each token is of, as reducers count them; 0 for none."""
+        return self.segments if self.fork is None else self.segments * (self.segments > 1)
+
+    @property
+    def first_target(self) -> int:
+        """The columns before this one have no targets that count, in any row."""
+        return 0 if self.fork is None else self.fork.prompt
 
 
 @jax.tree_util.register_dataclass
@@ -72,6 +98,35 @@ class BeliefBatch(PairBatch):
 
     beliefs: Array = None
     belief_mask: Array = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RolloutBatch(Batch):
+    """What a policy said, and how much better than expected each token of it was.
+
+    `mask` has the tokens that the policy said itself and that are to be learned from; what an environment said, and
+    rollouts that are left out, weigh nothing. A sequence is a rollout: a branch of a forked row, or a segment.
+
+    Attributes:
+      advantages: float32 [B, T], of each target; 0 where there is none.
+      old_logprobs: float32 [B, T] or None, those of the targets under the policy that said them, at the row's
+        temperature: the denominator of importance ratios. None: that policy is the one that learns, whose ratio is 1.
+      sampling_logprobs: float32 [B, T] or None, under what the targets were drawn from in fact, where that differs.
+      reference_logprobs: float32 [B, T] or None, under the reference, computed beforehand.
+      values, returns: float32 [B, T] or None, what a critic expected before each target, and what it should have.
+      value_mask: float32 [B, T] or None, where values are learned; None: as `mask` says.
+      coefficients: name -> float32 [B], numbers that change from step to step by what was measured.
+    """
+
+    advantages: Array = None
+    old_logprobs: Array | None = None
+    sampling_logprobs: Array | None = None
+    reference_logprobs: Array | None = None
+    values: Array | None = None
+    returns: Array | None = None
+    value_mask: Array | None = None
+    coefficients: dict[str, Array] = dataclasses.field(default_factory=dict)
 
 
 def positions_within_segments(segments_BT: np.ndarray) -> np.ndarray:

@@ -170,6 +170,8 @@ class Outputs:
         wanted: dict[str, Any] = {kind: tuple(sorted(numbers)) for kind, numbers in kinds.items() if numbers}
         if self._train and self.policy.embedding_noise:
             wanted["embedding_noise"] = self.policy.embedding_noise
+        if batch.fork is not None:
+            wanted["fork"] = batch.fork
         return self.policy.model.apply(
             self.variables, batch.tokens, batch.segments, batch.positions, rng=self._rng, train=self._train, **wanted
         )
@@ -266,25 +268,30 @@ class Outputs:
 
     @functools.cached_property
     def _vocabulary(self) -> tuple[Statistics, list[jax.Array]]:
-        """The one pass over the vocabulary: everything the request names."""
+        """The one pass over the vocabulary: everything the request names, 0 where no target counts in any row."""
+        return unscored(self._scored_vocabulary(), self.batch)
+
+    def _scored_vocabulary(self) -> tuple[Statistics, list[jax.Array]]:
         request, batch = self._request, self.batch
+        targets = scored(batch.targets, batch)
         wanted = sorted(request.statistics)
         if request.logits and not request.maps:
-            rows = self.logits.reshape(batch.targets.size, -1)
-            statistics = statistics_of_logits(rows, jnp.ravel(batch.targets), wanted)
-            return {name: value.reshape(batch.targets.shape) for name, value in statistics.items()}, []
+            rows = scored(self.logits, batch).reshape(targets.size, -1)
+            statistics = statistics_of_logits(rows, jnp.ravel(targets), wanted)
+            return {name: value.reshape(targets.shape) for name, value in statistics.items()}, []
         if not request.maps:
             statistics = token_statistics(
                 self.head,
-                self.hidden,
-                batch.targets,
+                scored(self.hidden, batch),
+                targets,
                 temperature_B=batch.temperature,
                 wanted=wanted,
                 elements=self.policy.chunk_elements,
             )
             return statistics, []
         names = sorted({name for _, others in request.maps for name in others})
-        operands = [(o.head, o.hidden, o.batch.temperature) for o in (self, *(self._peers[name] for name in names))]
+        models = (self, *(self._peers[name] for name in names))
+        operands = [(o.head, scored(o.hidden, batch), o.batch.temperature) for o in models]
 
         def positional(function: Callable[..., jax.Array], others: Sequence[str]) -> Callable[..., jax.Array]:
             return lambda own, *rest: function(own, *(rest[names.index(name)] for name in others))
@@ -292,7 +299,7 @@ class Outputs:
         return map_vocabulary(
             [positional(function, others) for function, others in request.maps],
             operands,
-            batch.targets,
+            targets,
             wanted=wanted,
             elements=self.policy.chunk_elements,
         )
@@ -300,7 +307,7 @@ class Outputs:
     @property
     def slice_length(self) -> int:
         """How many tokens of each row a slice of the pass over the vocabulary holds."""
-        return slice_length(self.head, self.hidden, self.policy.chunk_elements)
+        return slice_length(self.head, scored(self.hidden, self.batch), self.policy.chunk_elements)
 
     def with_statistics(self, statistics: Statistics) -> Outputs:
         """These outputs with statistics that were computed elsewhere."""
@@ -329,6 +336,18 @@ class Outputs:
         return map_vocabulary(
             [function], operands, self.batch.targets, elements=self.policy.chunk_elements
         )[1][0]
+
+
+def scored(tree: Any, batch: Batch) -> Any:
+    """What belongs to tokens of a batch, [B, T, ...], without the columns whose targets never count; all else whole."""
+    shape, first = batch.tokens.shape, batch.first_target
+    return jax.tree.map(lambda leaf: leaf[:, first:] if first and leaf.shape[:2] == shape else leaf, tree)
+
+
+def unscored(tree: Any, batch: Batch) -> Any:
+    """The inverse of `scored` for arrays of tokens, with zeros."""
+    first = batch.first_target
+    return jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (first, 0))) if first else leaf, tree)
 
 
 def add_value_head(variables: Variables, key: jax.Array | None = None, std: float = 0.0) -> Variables:

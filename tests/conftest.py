@@ -5,12 +5,13 @@ The settings are environment variables, set before jax is imported, so that subp
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib.metadata
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,20 @@ def _set_environment() -> None:
 
 assert "jax" not in sys.modules, "jax was imported before tests/conftest.py could choose its devices"
 _set_environment()
+
+
+PROGRAMS = Path("/proc/self/maps")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten_programs() -> Iterator[None]:
+    """Frees compiled programs before their memory mappings reach the kernel's limit of 65,530, which ends a process."""
+    yield
+    if PROGRAMS.exists() and PROGRAMS.read_bytes().count(b"\n") > 25_000:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lmjax.batch import Fork
 from lmjax.errors import UserError
 from lmjax.losses.logits import Head
 from lmjax.models import adapted, layout
@@ -174,13 +175,14 @@ class Decoder:
         collect: tuple[int, ...] = (),
         attentions: tuple[int, ...] = (),
         embedding_noise: float = 0.0,
+        fork: Fork | None = None,
     ) -> ModelOutputs:
         """Hidden states of every token, and the updated cache if the variables hold one.
 
         `collect` numbers the layers whose residual streams are wanted too, `attentions` those whose scores are (see
         `ModelOutputs`; unrolled layers only).
 
-        `embedding_noise` is the alpha of `models.noise.neftune`.
+        `embedding_noise` is the alpha of `models.noise.neftune`; `fork` is the batch's, and goes without a cache.
 
         Raises:
           UserError: dropout or noise without an `rng`, or more tokens than learned positions.
@@ -209,7 +211,7 @@ class Decoder:
             x_ND = jnp.where(keep, x_ND / (1 - config.dropout), 0).astype(x_ND.dtype)
 
         if cache is None:
-            contexts = self._contexts(segments_BT, positions_BT, (segments_BT, positions_BT))
+            contexts = self._contexts(segments_BT, positions_BT, (segments_BT, positions_BT), fork=fork)
         else:
             contexts, cache = self._write(cache, segments_BT, positions_BT)
         x_ND, layer_caches, streams, scores = self._layers(
@@ -279,6 +281,7 @@ class Decoder:
         query_positions: jax.Array,
         *keys: tuple[jax.Array, jax.Array],
         write: Write | None = None,
+        fork: Fork | None = None,
     ) -> tuple[Context, Context | None]:
         """Mask and rotations of full layers, and of windowed layers where there are any.
 
@@ -287,10 +290,10 @@ class Decoder:
         config = self.config
 
         def context(keys: tuple[jax.Array, jax.Array], window: int | None, theta: float, scaling: Any) -> Context:
-            mask = attention_mask(query_segments, query_positions, *keys, window)
+            mask = attention_mask(query_segments, query_positions, *keys, window, shared=fork is not None)
             rotary = config.position == "rope"
             rope = rope_table(query_positions, config.head_width, theta, scaling) if rotary else None
-            return Context(mask, rope, write)
+            return Context(mask, rope, write, fork)
 
         full = context(keys[0], None, config.rope_theta, config.rope_scaling)
         if config.window is None:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lmjax.batch import Fork
 from lmjax.models.config import BigramConfig
 from lmjax.models.decoder import Head, ModelOutputs, Variables
 
@@ -34,6 +35,7 @@ class Bigram:
         *,
         rng: jax.Array | None = None,
         train: bool = False,
+        fork: Fork | None = None,
     ) -> ModelOutputs:
         hidden = jnp.take(variables["params"]["table"], tokens_BT, axis=0)
         cache = variables.get("cache")

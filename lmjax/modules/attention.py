@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lmjax.batch import Fork
 from lmjax.errors import UserError
 from lmjax.modules.adapted import Prefix, attention_prefix
 from lmjax.modules.cache import LayerCache
@@ -39,11 +40,13 @@ class Context(NamedTuple):
       mask: bool [B, 1, T, S], True where a query may see a key.
       rope: cos and sin, or None without rotary positions.
       write: the new tokens, for the cache; None without a cache.
+      fork: of the batch; see `lmjax.batch.Batch`.
     """
 
     mask: jax.Array
     rope: tuple[jax.Array, jax.Array] | None
     write: Write | None = None
+    fork: Fork | None = None
 
 
 def attention_mask(
@@ -52,13 +55,18 @@ def attention_mask(
     key_segments: jax.Array,
     key_positions: jax.Array,
     window: int | None = None,
+    shared: bool = False,
 ) -> jax.Array:
     """Who sees whom: keys of the same segment, at the same position or before, within the window. bool [B, 1, T, S].
 
+    Where a prompt is `shared`, keys of segment 1 are seen by all later segments besides.
     Padding (segment 0) sees padding only, so no row is ever fully masked (softmax would silently average all values).
     """
     ahead = query_positions[:, :, None] - key_positions[:, None, :]
-    mask = (query_segments[:, :, None] == key_segments[:, None, :]) & (ahead >= 0)
+    mask = query_segments[:, :, None] == key_segments[:, None, :]
+    if shared:
+        mask |= (query_segments[:, :, None] > 1) & (key_segments[:, None, :] == 1)
+    mask &= ahead >= 0
     if window is not None:
         mask &= ahead < window
     return mask[:, None]
@@ -110,7 +118,8 @@ def attend(
       mask: bool [B, 1, T, S].
       scale: multiplies the queries.
       softcap: scores pass through `c tanh(x / c)`.
-      index_causal: T == S and no query sees a key that stands behind it, so work above the diagonal may be left out.
+      index_causal: no query sees a key that stands behind it, the last query standing with the last key, so work above
+        the diagonal may be left out.
       prefix: keys and values that every query sees besides.
     """
     B, T, H, K = query.shape
@@ -119,7 +128,7 @@ def attend(
     bias = jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min)
 
     def rows(start: int, stop: int) -> jax.Array:
-        seen = stop if index_causal else key.shape[2]
+        seen = key.shape[2] - T + stop if index_causal else key.shape[2]
         # The heads of a group are rows of one product. Four dimensions all along: a fifth costs half as much again.
         part = query[:, :, :, start:stop].reshape(B, G, -1, K)
         soft = lambda scores: scores if softcap is None else softcap * jnp.tanh(scores / softcap)
@@ -142,6 +151,33 @@ def attend(
     edges = [T * i // count for i in range(count + 1)]
     out = jnp.concatenate([rows(*edge) for edge in itertools.pairwise(edges)], axis=3)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K).astype(query.dtype)
+
+
+def attend_forked(
+    core: Any, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, fork: Fork, prefix: Prefix | None
+) -> jax.Array:
+    """`attend` for rows of a prompt and its branches: no branch is held against another.
+
+    Args:
+      core: `attend`, but for what is given here.
+      query, key, value, mask, prefix: as in `attend`, T == S.
+      fork: of the batch.
+    """
+    B, T, H, K = query.shape
+    P, C = fork
+    n = (T - P) // C
+    apart = lambda x: x.reshape(x.shape[0], x.shape[1], n, C, K).transpose(0, 2, 1, 3, 4).reshape(B * n, -1, C, K)
+    whole = lambda x: jnp.concatenate([jnp.repeat(x[:, :, :P], n, axis=0), apart(x[:, :, P:])], axis=2)
+    own = jnp.moveaxis(jnp.diagonal(mask[:, :, P:, P:].reshape(B, 1, n, C, n, C), axis1=2, axis2=4), -1, 1)
+    before = mask[:, :, P:, :P].reshape(B, 1, n, C, P).swapaxes(1, 2)
+    mask_branches = jnp.concatenate([before, own], axis=-1).reshape(B * n, 1, C, P + C)
+    repeated = jax.tree.map(lambda x: jnp.repeat(x, n, axis=0) if x.ndim in (2, 4) else x, prefix)  # where a row's own
+    branches = core(query[:, P:].reshape(B * n, C, H, K), whole(key), whole(value), mask_branches, prefix=repeated)
+    branches = branches.reshape(B, n * C, H, K)
+    if P == 0:
+        return branches
+    prompt = core(query[:, :P], key[:, :, :P], value[:, :, :P], mask[:, :, :P, :P], prefix=prefix)
+    return jnp.concatenate([prompt, branches], axis=1)
 
 
 def _batched(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
@@ -213,7 +249,7 @@ class Attention(nn.Module):
         if self.is_mutable_collection("intermediates"):  # someone asked to see them
             score = functools.partial(attention_scores, scale=self._scale, softcap=config.attention_softcap)
             self.put_variable("intermediates", "scores", score(query, key, context.mask))
-        attended = self._attend(query, key, value, context.mask, cached=cache is not None)
+        attended = self._attend(query, key, value, context, cached=cache is not None)
         output = Dense(
             config.embed_dim, config.output_bias, output_std(config), config.dtype, name="output"
         )(attended.reshape(B * T, H * K))
@@ -225,9 +261,9 @@ class Attention(nn.Module):
         return config.head_width**-0.5 if config.query_scale is None else config.query_scale
 
     def _attend(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, cached: bool
+        self, query: jax.Array, key: jax.Array, value: jax.Array, context: Context, cached: bool
     ) -> jax.Array:
-        config, scale = self.config, self._scale
+        config, scale, mask = self.config, self._scale, context.mask
         kernel, _ = implementation(config, jax.default_backend())
         prefix = attention_prefix(self)
         if kernel == "cudnn" and not cached and prefix is None:
@@ -236,4 +272,6 @@ class Attention(nn.Module):
         core = functools.partial(attend, scale=scale, softcap=config.attention_softcap, index_causal=not cached)
         if config.remat == "attention":
             core = jax.checkpoint(core)
+        if context.fork is not None:
+            return attend_forked(core, query, key, value, mask, context.fork, prefix)
         return core(query, key, value, mask, prefix=prefix)

@@ -17,7 +17,7 @@ from lmjax.losses.logits import STATISTICS
 from lmjax.models.decoder import Variables
 from lmjax.objectives.algebra import Objective, Role, Term, coefficient_at
 from lmjax.objectives.tracing import Trace, View, call, request, token_program, trace
-from lmjax.policy import Outputs, Policy
+from lmjax.policy import Outputs, Policy, scored, unscored
 
 Sums = dict[str, tuple[jax.Array, jax.Array]]  # metric -> (total, weight): add over microbatches, then divide
 Streams = dict[str, Batch]
@@ -138,7 +138,7 @@ def term_weights(
             for role in ("policy", *term.roles)
         }
         _, mask, _ = call(term, views, batch)
-        found.append(term.reducer.coefficients(mask, batch.segments)[1])
+        found.append(term.reducer.coefficients(mask, batch.sequences)[1])
     return found
 
 
@@ -222,7 +222,7 @@ def _evaluate_stream(
     def reduced(index: int, views: dict[str, Any]) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
         """Values, coefficients, weight and metrics of one term."""
         values, mask, metrics = call(terms[index], views, batch)
-        share, weight = terms[index].reducer.coefficients(jax.lax.stop_gradient(mask), batch.segments)
+        share, weight = terms[index].reducer.coefficients(jax.lax.stop_gradient(mask), batch.sequences)
         return values, share, weight, metrics
 
     def share_and_weight(index: int) -> tuple[jax.Array, jax.Array]:
@@ -255,15 +255,15 @@ def _evaluate_stream(
 
         loss, statistics = token_loss(
             own.head,
-            own.hidden,
-            batch.targets,
+            scored(own.hidden, batch),
+            scored(batch.targets, batch),
             loss_of,
-            (batch, others, shares),
+            scored((batch, others, shares), batch),
             temperature_B=batch.temperature,
             wanted=sorted(wanted.statistics),
             elements=own.policy.chunk_elements,
         )
-        own.with_statistics(statistics)
+        own.with_statistics(unscored(statistics, batch))
 
     sums: Sums = {}
     for i, label in enumerate(labels):

@@ -1,0 +1,9 @@
+"""Reinforcement learning: rollouts, rewards, advantages. Their terms are in `lmjax.objectives`."""
+
+from lmjax._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    submodules=("rollouts",),
+    names={"rollouts": ["Rollout"]},
+)
