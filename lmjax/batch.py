@@ -48,7 +48,7 @@ class Batch:
     segments: Array
     positions: Array
     temperature: Array | None = None
-    fork: Fork | None = dataclasses.field(default=None, metadata={"static": True})
+    fork: Fork | None = dataclasses.field(default=None, kw_only=True, metadata={"static": True})
 
     @property
     def sequences(self) -> Array:
