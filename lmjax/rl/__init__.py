@@ -4,6 +4,9 @@ from lmjax._lazy import attach
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
-    submodules=("rollouts",),
-    names={"rollouts": ["Rollout"]},
+    submodules=("layout", "rollouts"),
+    names={
+        "layout": ["Layout", "lay_out", "rollout_batch", "take_rows"],
+        "rollouts": ["Prompt", "Rollout", "roll_out"],
+    },
 )

@@ -3,10 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
+
+from lmjax.generation.batching import generate_many
+from lmjax.generation.engine import FINISH
+from lmjax.generation.sampler import generate
+from lmjax.models.decoder import Variables
+from lmjax.policy import Policy
+from lmjax.tokenizers.base import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What is asked.
+
+    Attributes:
+      ids: int32 [P], at least one.
+      text: the same, as it is shown.
+      record: what else is known, such as the right answer.
+    """
+
+    ids: np.ndarray
+    text: str = ""
+    record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,3 +65,68 @@ class Rollout:
     def ended(self) -> bool:
         """Whether it came to its own end, rather than to the limit of its length."""
         return self.finish != "length"
+
+
+def roll_out(
+    policy: Policy,
+    variables: Variables,
+    prompts: Sequence[Prompt],
+    key: jax.Array,
+    *,
+    samples: int,
+    max_new_tokens: int,
+    eos: int | Sequence[int] | None,
+    temperature: float = 1.0,
+    tokenizer: Tokenizer | None = None,
+    slots: int | None = None,
+    first_group: int = 0,
+    version: int = 0,
+    **options: Any,
+) -> list[Rollout]:
+    """Samples answers to each prompt with the arrays that are trained; a prompt is read once for all its samples.
+
+    Args:
+      policy, variables: the model.
+      prompts: what is asked.
+      key: seeds the sampling; the same rollouts come of it with or without `slots`.
+      samples: n, rollouts of each prompt.
+      max_new_tokens: of a rollout, at the most.
+      eos: the id or ids that end one.
+      temperature: divides the logits.
+      tokenizer: makes their texts; None leaves those empty.
+      slots: rows that are decoded together, finished ones replaced by waiting prompts (continuous batching): for
+        rollouts of lengths that differ much. None decodes all at once.
+      first_group: the number of the first prompt's group.
+      version: see `Rollout`.
+      options: of `generate`: processors, cache, mesh and so on.
+
+    Raises:
+      UserError: see `generate`.
+    """
+    ids = [prompt.ids for prompt in prompts]
+    options |= {"samples": samples, "eos": eos, "max_new_tokens": max_new_tokens, "temperature": temperature}
+    if slots is None:
+        found = jax.device_get(generate(policy, variables, ids, key, **options))
+    else:
+        found = generate_many(policy, variables, ids, key, slots=slots, max_prompt=max(map(len, ids)), **options)
+    ends = {eos} if isinstance(eos, int) else set(eos or ())
+    rollouts = []
+    for i, length in enumerate(found.lengths):
+        prompt, tokens = prompts[i // samples], np.asarray(found.tokens[i, :length], np.int32)
+        words = tokens[:-1] if len(tokens) and int(tokens[-1]) in ends else tokens
+        rollouts.append(
+            Rollout(
+                prompt=np.asarray(prompt.ids, np.int32),
+                tokens=tokens,
+                group=first_group + i // samples,
+                logprobs=np.asarray(found.logprobs[i, :length], np.float32),
+                sampling_logprobs=np.asarray(found.sampling_logprobs[i, :length], np.float32),
+                finish=FINISH[int(found.finish[i])],
+                own=np.ones(length, bool),
+                prompt_text=prompt.text,
+                text="" if tokenizer is None else tokenizer.decode(words.tolist()),
+                record=prompt.record,
+                version=version,
+            )
+        )
+    return rollouts
