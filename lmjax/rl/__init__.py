@@ -4,9 +4,12 @@ from lmjax._lazy import attach
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
-    submodules=("layout", "rollouts"),
+    submodules=("experience", "layout", "plan", "prompts", "rollouts", "saving"),
     names={
+        "experience": ["Credit", "Experience", "following"],
         "layout": ["Layout", "lay_out", "rollout_batch", "take_rows"],
+        "plan": ["Plan"],
+        "prompts": ["Prompts"],
         "rollouts": ["Prompt", "Rollout", "roll_out"],
     },
 )

@@ -34,16 +34,16 @@ class Layout:
     lengths: np.ndarray
 
     def place(self, values: Sequence[Any]) -> np.ndarray:
-        """float32 [B, T] with the numbers of each rollout's tokens at their targets, one for all or one each."""
+        """float32 [B, T] with numbers of each rollout at its targets: one for all, or one each and perhaps one more."""
         found = np.zeros(self.shape, np.float32)
         for value, row, start, length in zip(values, self.rows, self.starts, self.lengths, strict=True):
-            found[row, start : start + length] = value
+            found[row, start : start + (length if np.ndim(value) == 0 else len(value))] = value
         return found
 
-    def pick(self, values_BT: Any) -> list[np.ndarray]:
-        """The numbers of each rollout's tokens: the inverse of `place`."""
+    def pick(self, values_BT: Any, extra: int = 0) -> list[np.ndarray]:
+        """The numbers of each rollout's tokens, and of so many places behind: the inverse of `place`."""
         values_BT = np.asarray(values_BT)
-        return [values_BT[r, s : s + n] for r, s, n in zip(self.rows, self.starts, self.lengths, strict=True)]
+        return [values_BT[r, s : s + n + extra] for r, s, n in zip(self.rows, self.starts, self.lengths, strict=True)]
 
 
 def lay_out(
@@ -53,6 +53,7 @@ def lay_out(
     prompt: int | None = None,
     branch: int | None = None,
     rows: int | None = None,
+    last_token: bool = False,
 ) -> Layout:
     """Places rollouts: those of one prompt that follow each other share rows.
 
@@ -62,6 +63,7 @@ def lay_out(
       prompt, branch: columns for the prompt (without its last token) and for each rollout; None: as many as are needed,
         rounded up.
       rows: B; rows that are not needed stay empty. None: as many as are needed.
+      last_token: leave room for the last token of each rollout as an input; see `rollout_batch`.
 
     Raises:
       UserError: nothing to place, or too little room.
@@ -76,9 +78,9 @@ def lay_out(
     if not rollouts:
         raise UserError("there are no rollouts to learn from.")
     longest_prompt = max(len(rollout.prompt) - 1 for rollout in rollouts)
-    longest = max(len(rollout.tokens) for rollout in rollouts)
-    P = _rounded(longest_prompt) if prompt is None else prompt
-    C = _rounded(max(longest, 1)) if branch is None else branch
+    longest = max(len(rollout.tokens) for rollout in rollouts) + last_token
+    P = rounded(longest_prompt) if prompt is None else prompt
+    C = rounded(max(longest, 1)) if branch is None else branch
     if longest_prompt > P or longest > C:
         raise UserError(
             f"the longest prompt has {longest_prompt + 1} tokens and the longest rollout {longest}; "
@@ -108,6 +110,7 @@ def rollout_batch(
     advantages: Sequence[Any] | None = None,
     old: bool = True,
     sampling: bool = False,
+    last_token: bool = False,
 ) -> RolloutBatch:
     """The batch of rollouts, on the host.
 
@@ -119,6 +122,7 @@ def rollout_batch(
       advantages: of each rollout: a number, or one a token; None for 0.
       old: with the log-probabilities they had when they were said.
       sampling: with those under what they were drawn from.
+      last_token: the last token of a rollout is an input too, with no target, so that a value can be read behind it.
     """
     (B, T), (P, C) = layout.shape, layout.fork
     tokens, targets, segments, positions = np.zeros((4, B, T), np.int32)
@@ -127,10 +131,11 @@ def rollout_batch(
         row, start, n, before = layout.rows[i], layout.starts[i], layout.lengths[i], len(rollout.prompt) - 1
         tokens[row, :before], segments[row, :before] = rollout.prompt[:-1], 1
         positions[row, :before] = np.arange(before)
-        at = slice(start, start + n)
-        tokens[row, at] = np.concatenate([rollout.prompt[-1:], rollout.tokens[:-1]])[:n]
+        at, m = slice(start, start + n), n + last_token
+        inputs = slice(start, start + m)
+        tokens[row, inputs] = np.concatenate([rollout.prompt[-1:], rollout.tokens])[:m]
         targets[row, at], mask[row, at] = rollout.tokens, rollout.own
-        segments[row, at], positions[row, at] = 2 + (start - P) // C, before + np.arange(n)
+        segments[row, inputs], positions[row, inputs] = 2 + (start - P) // C, before + np.arange(m)
         if left_out is not None and left_out[i]:
             mask[row, at] = 0.0
     return RolloutBatch(
@@ -153,7 +158,7 @@ def take_rows(batch: RolloutBatch, index: Any) -> RolloutBatch:
     return found
 
 
-def _rounded(length: int) -> int:
-    """Up to a multiple of `MULTIPLE`, in steps of an eighth of its size or so."""
+def rounded(length: int) -> int:
+    """A number of columns with room for so many: few different ones, within a quarter of what is needed."""
     step = max(MULTIPLE, 2 ** (int(length).bit_length() - 3)) if length else 1
     return -(-length // step) * step

@@ -199,7 +199,8 @@ def run(
             have = ", ".join(sorted(recorder.latest))
             raise UserError(f"checkpoint best_metric {wanted!r} is not among the metrics of this run: {have}")
         metric = None if wanted is None else recorder.latest[wanted]
-        checkpointer.save(step, state, data_state, metric=metric, config=run_config)
+        position = data_state() if callable(data_state) else data_state
+        checkpointer.save(step, state, position, metric=metric, config=run_config)
 
     def due(every: int, step: int) -> bool:
         return every > 0 and step % every == 0
