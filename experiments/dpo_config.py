@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from experiments.finetuning_config import FinetuningConfig
+from experiments.finetuning_config import BatchedConfig
 from lmjax.data.config import DataConfig
 from lmjax.data.preference_config import PreferenceConfig
 from lmjax.errors import UserError
@@ -13,7 +13,7 @@ from lmjax.training.config import ScheduleConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class DpoConfig(FinetuningConfig):
+class DpoConfig(BatchedConfig):
     """A language model trained on pairs of answers, or on answers that are liked or not.
 
     Attributes:

@@ -34,9 +34,9 @@ def open_base(config: FinetuningConfig) -> OpenedModel:
 def make_mesh(config: FinetuningConfig) -> Any:
     """The devices, over which the batches must spread."""
     mesh = lm.sharding.make_mesh(**dataclasses.asdict(config.mesh))
-    for rows in {config.batch_size, config.eval_batch_size or config.batch_size}:
+    for rows in {config.step_rows, getattr(config, "eval_batch_size", 0) or config.step_rows}:
         lm.sharding.check_batch_size(rows, mesh)
-    lm.sharding.check_batch_size(config.batch_size, mesh, microbatches=config.microbatches)
+    lm.sharding.check_batch_size(config.step_rows, mesh, microbatches=config.microbatches)
     return mesh
 
 

@@ -28,11 +28,9 @@ class FinetuningConfig:
       loop: steps, and how often records, evaluations and samples are made.
       checkpoint: when checkpoints are written and which are kept.
       mesh: how many devices lie along each axis.
-      batch_size: rows of a step, over all devices and microbatches.
       microbatches: parts a batch is split into, one after the other, to save memory.
       clip_norm: largest global norm of the gradient; 0 for no limit.
       seed: of the adapter, dropout and samples. The order of the data has its own.
-      eval_batch_size: rows of a held-out batch; 0 for batch_size.
       tensorboard: write records for TensorBoard into the run directory too.
       wandb_project: send records to this project of Weights & Biases; empty for none.
     """
@@ -50,13 +48,16 @@ class FinetuningConfig:
     loop: LoopConfig = LoopConfig(steps=300, eval_every=50)
     checkpoint: CheckpointConfig = CheckpointConfig(every=100)
     mesh: MeshShape = MeshShape()
-    batch_size: int = 8
     microbatches: int = 1
     clip_norm: float = 1.0
     seed: int = 0
-    eval_batch_size: int = 0
     tensorboard: bool = False
     wandb_project: str = ""
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of a step, over all devices and microbatches."""
+        raise NotImplementedError
 
     @property
     def row_length(self) -> int:
@@ -66,13 +67,36 @@ class FinetuningConfig:
         return length
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.microbatches < 1 or self.batch_size % self.microbatches:
+        if self.microbatches < 1 or self.step_rows % self.microbatches:
             raise UserError(
-                f"a batch_size of {self.batch_size} does not split into {self.microbatches} microbatches; "
+                f"a step of {self.step_rows} rows does not split into {self.microbatches} microbatches; "
                 "make it a multiple"
             )
         if self.quantize and self.adapter.kind == "full":
             raise UserError(f"quantize is {self.quantize}, and quantized weights are not trained; choose an adapter")
-        for name in ("clip_norm", "eval_batch_size"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if self.clip_norm < 0:
+            raise UserError(f"clip_norm is {self.clip_norm}; it must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchedConfig(FinetuningConfig):
+    """A model that is trained further on batches of given data.
+
+    Attributes:
+      batch_size: rows of a step, over all devices and microbatches.
+      eval_batch_size: rows of a held-out batch; 0 for batch_size.
+    """
+
+    batch_size: int = 8
+    eval_batch_size: int = 0
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of a step."""
+        return self.batch_size
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("batch_size", 1), ("eval_batch_size", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}; give at least {least}")

@@ -136,7 +136,7 @@ def make_finetuning_plan(
         f"({trained / plan.num_parameters:.2%}: {', '.join(trainable)})",
         f"memory      {_bytes(parameters + gradients + moments)} a device without activations: parameters "
         f"{_bytes(parameters)}, gradients {_bytes(gradients)}, optimizer {_bytes(moments)}",
-        f"batch       {config.batch_size} rows × {config.row_length} tokens at the most"
+        f"batch       {config.step_rows} rows × {config.row_length} tokens at the most"
         + (f", in {config.microbatches} microbatches" if config.microbatches > 1 else ""),
     ]
     return RunPlan(shapes, plan.table(), "\n".join(lines), flops)

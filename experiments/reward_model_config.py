@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
-from experiments.finetuning_config import FinetuningConfig
+from experiments.finetuning_config import BatchedConfig
 from lmjax.data.preference_config import PreferenceConfig
 from lmjax.errors import UserError
 from lmjax.training.config import ScheduleConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class RewardModelConfig(FinetuningConfig):
+class RewardModelConfig(BatchedConfig):
     """A language model that scores answers, trained on pairs of them.
 
     Attributes:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
-from experiments.finetuning_config import FinetuningConfig
+from experiments.finetuning_config import BatchedConfig
 from lmjax.data.supervised_config import SupervisedConfig
 from lmjax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class SftConfig(FinetuningConfig):
+class SftConfig(BatchedConfig):
     """A language model taught to answer as in given conversations.
 
     Attributes:

@@ -94,6 +94,20 @@ def _check_span(messages: Sequence[Message], last: int, written: ChatTemplate) -
         )
 
 
+def prompt_ids(tokenizer: Tokenizer, template: ChatTemplate, prompt: list[Message], markers: bool) -> np.ndarray:
+    """int32 [n], what the answer to a prompt is generated from.
+
+    Args:
+      tokenizer, template: how it is written.
+      prompt: messages.
+      markers: template "none" puts the marker that begins a document before it.
+    """
+    ids = template.prompt(tokenizer, prompt)
+    if template is not JOINED or not markers or tokenizer.eos is None:
+        return ids
+    return _marked(ids, np.zeros(len(ids), bool), tokenizer)[0][:-1]
+
+
 def _marked(ids: np.ndarray, learned: np.ndarray, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """Between the marks of a document; the last one is learned, the first (bos is there already) is not."""
     start = [] if tokenizer.bos is not None or tokenizer.eos is None else [tokenizer.eos]
@@ -318,10 +332,7 @@ class SupervisedData:
 
     def prompt_ids(self, talk: Conversation) -> np.ndarray:
         """int32 [n], what the completion of a conversation is generated from."""
-        ids, eos = self.template.prompt(self.tokenizer, talk.prompt), self.tokenizer.eos
-        if self.template is not JOINED or not self.config.document_markers or eos is None:
-            return ids
-        return _marked(ids, np.zeros(len(ids), bool), self.tokenizer)[0][:-1]
+        return prompt_ids(self.tokenizer, self.template, talk.prompt, self.config.document_markers)
 
     def report(self) -> str:
         """What there is to learn from, in lines."""

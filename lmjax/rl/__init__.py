@@ -10,6 +10,6 @@ __getattr__, __dir__, __all__ = attach(
         "layout": ["Layout", "lay_out", "rollout_batch", "take_rows"],
         "plan": ["Plan"],
         "prompts": ["Prompts"],
-        "rollouts": ["Prompt", "Rollout", "roll_out"],
+        "rollouts": ["Rollout", "roll_out"],
     },
 )

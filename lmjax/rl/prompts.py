@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from lmjax.data.prompts import Prompt
 from lmjax.errors import UserError
-from lmjax.rl.rollouts import Prompt
 
 
 class Prompts:

@@ -9,27 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from lmjax.data.prompts import Prompt
 from lmjax.generation.batching import generate_many
 from lmjax.generation.engine import FINISH
 from lmjax.generation.sampler import generate
 from lmjax.models.decoder import Variables
 from lmjax.policy import Policy
 from lmjax.tokenizers.base import Tokenizer
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """What is asked.
-
-    Attributes:
-      ids: int32 [P], at least one.
-      text: the same, as it is shown.
-      record: what else is known, such as the right answer.
-    """
-
-    ids: np.ndarray
-    text: str = ""
-    record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,8 +28,8 @@ class Feed:
     not used.
 
     Args:
-      batches: an iterator; its `get_state()`, if it has one, returns a snapshot as JSON values, or a function that makes
-        them of it when a checkpoint is written.
+      batches: an iterator; its `get_state()`, if it has one, returns a snapshot as JSON values, or a function that
+        makes them of it when a checkpoint is written.
       depth: batches ahead, read by a thread; 0 reads each when it is asked for.
       sharding: see `placer`.
     """

@@ -13,6 +13,7 @@ import pytest
 
 import lmjax as lm
 from lmjax import rl
+from lmjax.data import Prompt
 from lmjax.errors import UserError
 from lmjax.objectives import term
 from lmjax.rl import saving
@@ -50,7 +51,7 @@ def credit(rollouts: list[rl.Rollout], scores: np.ndarray, read: Any) -> rl.Cred
 
 
 def prompts() -> rl.Prompts:
-    return rl.Prompts([rl.Prompt(np.arange(1 + n % 3), record={"wanted": 1 + n % 2}) for n in range(12)], seed=3)
+    return rl.Prompts([Prompt(np.arange(1 + n % 3), record={"wanted": 1 + n % 2}) for n in range(12)], seed=3)
 
 
 def set_up(plan: rl.Plan, **options: Any) -> tuple[Any, Any, rl.Experience, list[Any]]:

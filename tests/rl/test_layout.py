@@ -14,6 +14,7 @@ import pytest
 import lmjax as lm
 from lmjax import rl
 from lmjax.batch import Batch
+from lmjax.data import Prompt
 from lmjax.errors import UserError
 from lmjax.evaluation import token_logprobs
 from lmjax.objectives import constant_horizon, cross_entropy, divergence, entropy, evaluate, sequence_mean
@@ -129,7 +130,7 @@ def test_the_head_reads_no_prompt():
 def test_log_probabilities_of_rollouts_are_the_trainers(slots):
     """Law 7: the importance ratio is 1 before any update."""
     policy, variables = setting()
-    prompts = [rl.Prompt(np.arange(1, n + 2), str(n), {"answer": n}) for n in range(4)]
+    prompts = [Prompt(np.arange(1, n + 2), str(n), {"answer": n}) for n in range(4)]
     rollouts = rl.roll_out(
         policy, variables, prompts, jax.random.key(3), samples=3, max_new_tokens=9, eos=EOS, temperature=0.7,
         tokenizer=lm.tokenizers.ByteTokenizer(), slots=slots, first_group=10,
@@ -149,7 +150,7 @@ def test_log_probabilities_of_rollouts_are_the_trainers(slots):
 
 def test_rollouts_are_the_same_however_they_are_decoded():
     policy, variables = setting()
-    prompts = [rl.Prompt(np.arange(1, n + 2)) for n in range(3)]
+    prompts = [Prompt(np.arange(1, n + 2)) for n in range(3)]
     options = dict(samples=2, max_new_tokens=6, eos=EOS)
     apart, together = (
         rl.roll_out(policy, variables, prompts, jax.random.key(4), slots=slots, **options) for slots in (2, None)
