@@ -4,7 +4,8 @@ from lmjax._lazy import attach
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
-    submodules=("divergences", "fused", "logits", "matching", "slices", "tokens", "vocabulary"),
+    submodules=("divergences", "fused", "logits", "matching", "policy_gradient", "preferences", "slices", "tokens",
+                "vocabulary"),
     names={
         "divergences": [
             "forward_kl",

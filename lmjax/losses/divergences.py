@@ -65,20 +65,31 @@ def same_likeliest(logits: jax.Array, other: jax.Array) -> jax.Array:
     return jax.lax.stop_gradient(jnp.any(top(logits) & top(other), axis=-1).astype(jnp.float32))
 
 
-def kl_estimate(logprobs: jax.Array, other_logprobs: jax.Array, estimator: KLEstimator) -> jax.Array:
+def kl_estimate(
+    logprobs: jax.Array,
+    other_logprobs: jax.Array,
+    estimator: KLEstimator,
+    held: float | None = None,
+    largest: float | None = None,
+) -> jax.Array:
     """Estimates of KL(p || q) from tokens sampled from p, elementwise (Schulman, "Approximating KL divergence", 2020).
 
     With d = log p - log q: "k1" d (unbiased, high variance), "abs" |d|, "k2" d^2/2 (biased, low variance), "k3"
-    exp(-d) - 1 + d (unbiased, never negative).
+    exp(-d) - 1 + d (unbiased, never negative). d is held within `held` nats, and the estimate within `largest`, if
+    given (verl's k3: 20 and 10).
 
     As a *loss* on samples from p their gradients differ from their values: k1's has expectation zero, k2's is that of
     KL(p || q), k3's is that of KL(q || p).
     """
     difference = logprobs - other_logprobs
+    if held is not None:
+        difference = jnp.clip(difference, -held, held)
     if estimator == "k1":
-        return difference
-    if estimator == "abs":
-        return jnp.abs(difference)
-    if estimator == "k2":
-        return jnp.square(difference) / 2
-    return jnp.expm1(-difference) + difference
+        found = difference
+    elif estimator == "abs":
+        found = jnp.abs(difference)
+    elif estimator == "k2":
+        found = jnp.square(difference) / 2
+    else:
+        found = jnp.expm1(-difference) + difference
+    return found if largest is None else jnp.clip(found, -largest, largest)

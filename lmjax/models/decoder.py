@@ -236,7 +236,7 @@ class Decoder:
         """The logical axis names of every leaf, in a tree of the same structure."""
 
         def axes(path: tuple[Any, ...], leaf: Any) -> tuple[str | None, ...]:
-            path = path[1:] if path[0].key == "reference" else path  # a copy of other collections
+            path = path[1:] if path[0].key in ("reference", "critic") else path  # copies of other collections
             names = [entry.key for entry in path[1:]]
             stacked = layout.STACKED in names
             short = "/".join(n for n in names if n != layout.STACKED and not re.fullmatch(r"layer_\d+", n))

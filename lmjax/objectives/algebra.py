@@ -167,7 +167,9 @@ class Role:
       variables: a nested dict of arrays, or a function from the policy's current variables to such a dict. A function
         that only selects arrays shares them: no second copy exists.
       policy: the model they belong to; None: the same as the policy's.
+      trained: the objective's gradient goes through it: it is part of what is trained, as a critic of its own is.
     """
 
     variables: Any
     policy: Any = None
+    trained: bool = False

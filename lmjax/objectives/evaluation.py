@@ -71,7 +71,7 @@ def evaluate(
       objective: the sum of terms.
       policy, variables: the model that is trained.
       batches: one batch, or one a stream.
-      roles: the other models by name; they get no gradient.
+      roles: the other models by name; they get no gradient unless they are `trained`.
       step: for coefficients that are schedules.
       rng: key for dropout.
       train: whether dropout is on.
@@ -155,9 +155,9 @@ def check_roles(objective: Objective, roles: Mapping[str, Role]) -> dict[str, Ro
 
 
 def role_variables(role: Role, variables: Variables) -> Variables:
-    """A role's variables, without gradient."""
+    """A role's variables, without gradient unless it is trained."""
     found = role.variables(variables) if callable(role.variables) else role.variables
-    return jax.lax.stop_gradient(found)
+    return found if role.trained else jax.lax.stop_gradient(found)
 
 
 def _outputs(

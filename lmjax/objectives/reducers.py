@@ -39,6 +39,11 @@ def _per_sequence(values_BT: jax.Array, segments_BT: jax.Array) -> tuple[jax.Arr
     return sums[ids].reshape(B, T), sums
 
 
+def per_sequence(values_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+    """The sum of the values over each token's own sequence, [B, T]."""
+    return _per_sequence(values_BT, segments_BT)[0]
+
+
 def _token_mean(mask: jax.Array, segments: jax.Array) -> tuple[jax.Array, jax.Array]:
     return mask, jnp.sum(mask)
 

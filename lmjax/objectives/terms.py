@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 
 from lmjax.batch import Batch
@@ -50,22 +51,45 @@ def entropy(*, reducer: Reducer = token_mean) -> Objective:
     return _objective("entropy", lambda outputs, batch: (outputs.entropy, batch.mask), reducer)
 
 
-def kl(role: str, *, estimator: divergences.KLEstimator = "k3", reducer: Reducer = token_mean) -> Objective:
+def kl(
+    role: str = "reference",
+    *,
+    estimator: divergences.KLEstimator = "k3",
+    gradient: Literal["own", "weighted", "k2"] = "own",
+    held: float | None = None,
+    largest: float | None = None,
+    reducer: Reducer = token_mean,
+) -> Objective:
     """Estimate of KL(policy || role) from the batch's own tokens, which the policy should have sampled.
 
     Read `losses.kl_estimate` before choosing: as a loss, k1 has zero expected gradient, k2 that of KL(policy || role),
-    and k3 that of KL(role || policy).
+    and k3 that of KL(role || policy). Two ways to the right gradient with another estimator's value are `gradient`s.
 
     Args:
       role: the other model's role.
       estimator: "k1", "abs", "k2" or "k3".
+      gradient: "own": the estimate is differentiated. "weighted": so is the importance ratio that it is multiplied by,
+        pi / pi_old where the batch has `old_logprobs` (TRL's bias correction; DeepSeek-V3.2): right for k1 and k3, on
+        the policy's own tokens and on others. "k2": the value of the estimator with the gradient of k2 (verl's "k1+"
+        and "k3+").
+      held, largest: bounds of the log-ratio and of the estimate; None for none.
       reducer: see `lmjax.objectives.reducers`.
     """
     if estimator not in ("k1", "abs", "k2", "k3"):
         raise UserError(f"no KL estimator is called {estimator!r}; there are k1, abs, k2 and k3.")
+    if gradient not in ("own", "weighted", "k2"):
+        raise UserError(f"a KL estimate has no gradient {gradient!r}; there are own, weighted and k2.")
 
     def function(outputs: Any, batch: Batch, other: Any) -> Any:
-        return divergences.kl_estimate(outputs.logprobs, other.logprobs, estimator), batch.mask
+        own = outputs.logprobs
+        values = divergences.kl_estimate(own, other.logprobs, estimator, held, largest)
+        if gradient == "weighted":
+            old = getattr(batch, "old_logprobs", None)
+            values = values * jnp.exp(own - (jax.lax.stop_gradient(own) if old is None else old))
+        elif gradient == "k2":
+            pull = divergences.kl_estimate(own, other.logprobs, "k2")
+            values = pull + jax.lax.stop_gradient(values - pull)
+        return values, batch.mask
 
     return _objective(f"kl_{role}", function, reducer, (role,))
 
