@@ -1,0 +1,117 @@
+"""Losses and gradients of TRL and verl on the rollouts of `rollout_cases`, kept as `rollouts.npz`.
+
+    python -m tests.objectives.make_rollout_fixtures
+
+Needs torch, trl 1.16 and verl 0.9.1. Their own methods run, on objects that hold just what they read.
+"""
+
+from __future__ import annotations
+
+import collections
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from tests.objectives.rollout_cases import CASES, FIXTURES, HORIZON, numbers
+
+TRL_DEFAULTS = dict(
+    loss_type="dapo", importance_sampling_level="token", epsilon_low=0.2, epsilon_high=0.2, beta=0.0,
+    top_entropy_quantile=1.0, off_policy_mask_threshold=None, entropy_coef=0.0, delta=None,
+    use_bias_correction_kl=True, correct=None, low=None, high=3.0, use_sampling=False,
+)  # fmt: skip
+
+
+def compute(name: str) -> tuple[float, np.ndarray]:
+    """The peer's loss, and its gradient with respect to what the policy says: log-probabilities, or values."""
+    import torch
+
+    case = CASES[name]
+    given = {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers().items()}
+    leaf = given["values" if case.peer == "value" else "logprobs"].requires_grad_()
+    if case.peer in ("trl", "rloo"):
+        loss = _trl(case, given)
+    else:
+        loss = _verl(case, given)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    return float(loss.detach()), gradient.numpy()
+
+
+def _trl(case: Any, given: dict[str, Any]) -> Any:
+    import torch
+    from trl import GRPOTrainer, RLOOTrainer
+
+    options = SimpleNamespace(**TRL_DEFAULTS | case.options)
+    N, T = given["mask"].shape
+    accelerator = SimpleNamespace(
+        num_processes=1, sync_gradients=True, gather=lambda x: x, gather_for_metrics=lambda x: x,
+        reduce=lambda x, reduction: x, pad_across_processes=lambda x, dim, pad_index: x,
+    )  # fmt: skip
+    trainer = SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *a, **k: (given["logprobs"], given["entropy"], None),
+        aux_loss_enabled=False, get_off_policy_mask=GRPOTrainer.get_off_policy_mask,
+        get_gamma_weights=GRPOTrainer.get_gamma_weights, accelerator=accelerator, model=SimpleNamespace(training=True),
+        current_gradient_accumulation_steps=1, max_completion_length=HORIZON, use_adaptive_entropy=False,
+        _entropy_bonus_enabled=options.entropy_coef != 0, _metrics={"train": collections.defaultdict(list)},
+        use_vllm=options.correct is not None, vllm_importance_sampling_correction=True, **vars(options),
+        args=SimpleNamespace(
+            use_bias_correction_kl=options.use_bias_correction_kl, delta=options.delta, steps_per_generation=1,
+            sapo_temperature_pos=1.0, sapo_temperature_neg=1.05, vespo_k_pos=2.0, vespo_lambda_pos=3.0,
+            vespo_k_neg=3.0, vespo_lambda_neg=2.0,
+        ),
+    )  # fmt: skip
+    trainer.get_high_entropy_mask = lambda *a: GRPOTrainer.get_high_entropy_mask(trainer, *a)
+    ids = torch.zeros((N, T), dtype=torch.long)
+    inputs = {
+        "prompt_ids": ids[:, :1], "prompt_mask": ids[:, :1] + 1, "completion_ids": ids,
+        "completion_mask": given["mask"], "advantages": given["advantages"],
+        "ref_per_token_logps": given["reference"], "num_items_in_batch": given["mask"].sum(),
+    }  # fmt: skip
+    if case.peer == "rloo":
+        inputs["old_logps"] = (given["old"] * given["mask"]).sum(1)
+        return RLOOTrainer._compute_loss(trainer, None, inputs)
+    if not case.on_policy:
+        inputs["old_per_token_logps"] = given["old"]
+    if options.use_sampling:
+        inputs["sampling_per_token_logps"] = given["sampling"]
+    if options.correct is not None:  # as `_generate_and_score_completions` makes it
+        gap = (given["old"] - given["sampling"]) * given["mask"]
+        weight = torch.exp(gap.sum(-1, keepdim=True) if options.correct.startswith("sequence") else gap)
+        if options.correct.endswith("truncate"):
+            weight = torch.clamp(weight, min=options.low, max=options.high)
+        else:
+            weight = weight.masked_fill((weight < (options.low or 0.0)) | (weight > options.high), 0.0)
+        inputs["importance_sampling_ratio"] = weight
+    return GRPOTrainer._compute_loss(trainer, None, inputs)
+
+
+def _verl(case: Any, given: dict[str, Any]) -> Any:
+    from verl.trainer.ppo import core_algos
+    from verl.workers.config import ActorConfig
+
+    mask, options = given["mask"], dict(case.options)
+    if case.peer == "kl":
+        values = core_algos.kl_penalty(given["logprobs"], given["reference"], options["kind"])
+        return (values * mask).sum() / mask.sum()
+    if case.peer == "value":
+        return core_algos.compute_value_loss(
+            given["values"], given["returns"], given["old_values"], mask, options["clip"]
+        )[0]
+    mode = options.pop("loss_agg_mode", "token-mean")
+    beta = options.pop("dro_beta", None)
+    if "clip_ratio" in options:
+        options |= {"clip_ratio_low": options["clip_ratio"], "clip_ratio_high": options["clip_ratio"]}
+    config = ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, **options)
+    if beta is not None:
+        object.__setattr__(config.policy_loss, "dro_beta", beta)
+    advantages = given["advantages"][:, None] * mask
+    loss = core_algos.get_policy_loss_fn(case.peer)
+    return loss(given["old"], given["logprobs"], advantages, mask, mode, config)[0]
+
+
+if __name__ == "__main__":
+    found = {name: compute(name) for name in CASES}
+    arrays = {f"{name}/loss": loss for name, (loss, _) in found.items()}
+    arrays |= {f"{name}/gradient": gradient for name, (_, gradient) in found.items()}
+    np.savez_compressed(FIXTURES, **arrays)
+    print(f"{FIXTURES}: {len(found)} cases, {FIXTURES.stat().st_size:,} bytes")
