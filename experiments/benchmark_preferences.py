@@ -233,13 +233,18 @@ def pair_batches(case: Case) -> list[Any]:
         return Answer(whole, np.arange(len(whole)) >= len(prompt))
 
     made = [[Pair(answer(p, c), answer(p, r)) for p, c, r in batch] for batch in pairs(case)]
-    length = max(512 if case.mixed else 0, max(pair.length for batch in made for pair in batch))
+    length = max(512 if case.mixed else 0, max(pair.length(True) for batch in made for pair in batch))
     packed = []
     for batch in made:
-        order, starts = best_fit(np.array([pair.length for pair in batch]), length)
+        order, starts = best_fit(np.array([pair.length(True) for pair in batch]), length)
         packed.append([[batch[n] for n in order[a:b]] for a, b in itertools.pairwise(starts)])
     rows, fullest = max(map(len, packed)), max(len(row) for batch in packed for row in batch)
-    return [pair_batch([*batch, *[[]] * (rows - len(batch))], length, fullest) for batch in packed]
+    scored = max(sum(int(answer.learned.sum()) for pair in row for answer in (pair.first, pair.second))
+                 for batch in packed for row in batch)  # fmt: skip
+    return [
+        pair_batch([*batch, *[[]] * (rows - len(batch))], length, fullest, shared=True, scored=scored)
+        for batch in packed
+    ]
 
 
 def lmjax_side(name: str, folder: str) -> tuple[Callable[[int], float], dict[str, Any]]:
@@ -255,7 +260,7 @@ def lmjax_side(name: str, folder: str) -> tuple[Callable[[int], float], dict[str
     config, reference = lm.interop.load_huggingface(f"{folder}/reference")
     policy = lm.Policy(config)
     batches = pair_batches(case)
-    tokens = [int(np.sum(batch.segments > 0)) for batch in batches]
+    tokens = [sum(2 * len(p) + len(c) + len(r) for p, c, r in batch) for batch in pairs(case)]
     facts: dict[str, Any] = {}
     if case.cached:
         list(token_logprobs(policy, reference, batches[:1]))  # compiles

@@ -40,6 +40,10 @@ class Batch:
       fork: None, or that every row is one prompt (segment 1) which several continuations of it (segments from 2, one a
         branch) share: they see it as if it stood before each of them, and it is computed once. A branch begins with
         the prompt's last token, which the prompt leaves out, so that every branch has a first target of its own.
+      shared: int32 [B, T] or None. The segment that each token sees besides its own, 0 for none: the same in rows of
+        any make.
+      scored: int32 [B, S] or None, the columns of each row whose targets may count, T where there are fewer. The pass
+        over the vocabulary leaves the others out.
     """
 
     tokens: Array
@@ -49,6 +53,8 @@ class Batch:
     positions: Array
     temperature: Array | None = None
     fork: Fork | None = dataclasses.field(default=None, kw_only=True, metadata={"static": True})
+    shared: Array | None = dataclasses.field(default=None, kw_only=True)
+    scored: Array | None = dataclasses.field(default=None, kw_only=True)
 
     @property
     def sequences(self) -> Array:
@@ -67,7 +73,8 @@ class PairBatch(Batch):
     """Pairs of answers: segment 2p + 1 of a row is the chosen answer of its pair p behind its prompt, 2p + 2 the other.
 
     The two of a pair lie in one row, so that batches split between pairs, and rows hold as many as fit. `mask` has the
-    tokens of the answers. The last token of a sequence is an input too, with no target, for scores are read there.
+    tokens of the answers. The last token of a sequence is an input too, with no target, for scores are read there. The
+    prompt of a pair may be a segment that both share: number 2P + 2p + 1, counted to the chosen answer's sequence.
 
     Attributes:
       pairs: float32 [B, P], the weight of each pair; 0 where a row has fewer.
@@ -83,6 +90,11 @@ class PairBatch(Batch):
     margins: Array | None = None
     desirable: Array | None = None
     reference_logprobs: Array | None = None
+
+    @property
+    def sequences(self) -> Array:
+        beyond = self.answers * self.pairs.shape[1]
+        return self.segments - beyond * (self.segments > beyond)
 
 
 @jax.tree_util.register_dataclass

@@ -172,6 +172,8 @@ class Outputs:
             wanted["embedding_noise"] = self.policy.embedding_noise
         if batch.fork is not None:
             wanted["fork"] = batch.fork
+        if batch.shared is not None:
+            wanted["shared"] = batch.shared
         return self.policy.model.apply(
             self.variables, batch.tokens, batch.segments, batch.positions, rng=self._rng, train=self._train, **wanted
         )
@@ -340,13 +342,27 @@ class Outputs:
 
 def scored(tree: Any, batch: Batch) -> Any:
     """What belongs to tokens of a batch, [B, T, ...], without the columns whose targets never count; all else whole."""
-    shape, first = batch.tokens.shape, batch.first_target
-    return jax.tree.map(lambda leaf: leaf[:, first:] if first and leaf.shape[:2] == shape else leaf, tree)
+    shape, first, columns = batch.tokens.shape, batch.first_target, batch.scored
+    if not first and columns is None:
+        return tree
+
+    def cut(leaf: jax.Array) -> jax.Array:
+        if leaf.shape[:2] != shape:
+            return leaf
+        if columns is None:
+            return leaf[:, first:]
+        index = columns.reshape(*columns.shape, *[1] * (leaf.ndim - 2))
+        return jnp.take_along_axis(leaf, index, axis=1, mode="fill", fill_value=0)
+
+    return jax.tree.map(cut, tree)
 
 
 def unscored(tree: Any, batch: Batch) -> Any:
     """The inverse of `scored` for arrays of tokens, with zeros."""
-    first = batch.first_target
+    shape, first, columns = batch.tokens.shape, batch.first_target, batch.scored
+    if columns is not None:
+        rows = jnp.arange(shape[0])[:, None]
+        return jax.tree.map(lambda x: jnp.zeros(shape, x.dtype).at[rows, columns].set(x, mode="drop"), tree)
     return jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (first, 0))) if first else leaf, tree)
 
 

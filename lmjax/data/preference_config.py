@@ -36,6 +36,10 @@ class PreferenceConfig(ConversationSource):
     """The most tokens of a prompt and an answer; the end of a longer answer is cut."""
     sequence_length: int = 0
     """T: positions of a row, which holds as many pairs as fit; 0: twice max_length."""
+    shared_prompts: bool = True
+    """Compute the prompt of a pair once for both of its answers; the same numbers, for less work."""
+    score_prompts: bool = False
+    """Let terms learn prompts too, as orpo() does; else the vocabulary's pass leaves them out."""
     document_markers: bool = True
     """Template none: put the tokenizer's bos (or else its eos) before each sequence and its eos after it."""
     seed: int = 0

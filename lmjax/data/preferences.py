@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from lmjax.batch import PairBatch, positions_within_segments
+from lmjax.batch import PairBatch
 from lmjax.data.instructions import Conversation, conversation, messages_of
 from lmjax.data.loader import BatchIterator, BatchPlan
 from lmjax.data.packing import Shuffled, best_fit
@@ -50,8 +50,16 @@ class Pair:
     liked: bool | None = None
 
     @property
-    def length(self) -> int:
-        return len(self.first.ids) + len(self.second.ids)
+    def shared(self) -> int:
+        """How many tokens of the prompt can be a segment of their own that both see: all but the last, if there are."""
+        (first, learned), (second, also_learned) = self.first, self.second
+        n = min(len(first), len(second))
+        differ = (first[:n] != second[:n]) | learned[:n] | also_learned[:n]
+        return max(int(np.argmax(differ)) if differ.any() else n, 1) - 1
+
+    def length(self, shared: bool = False) -> int:
+        """Tokens of a row that it takes, its prompt once if that is shared."""
+        return len(self.first.ids) + len(self.second.ids) - (self.shared if shared else 0)
 
 
 class Judged(NamedTuple):
@@ -194,14 +202,28 @@ class PairRows(Shuffled):
       pairs: none longer than a row.
       sequence_length: T.
       reference_logprobs: float32 [rows, T], computed beforehand, or None.
+      shared: prompts are computed once for both answers.
+      score_prompts: terms may learn prompts too; else the vocabulary's pass leaves them out.
     """
 
-    def __init__(self, pairs: Sequence[Pair], sequence_length: int, reference_logprobs: np.ndarray | None = None):
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        sequence_length: int,
+        reference_logprobs: np.ndarray | None = None,
+        shared: bool = False,
+        score_prompts: bool = False,
+    ):
         self.sequence_length = sequence_length
-        self._pairs, self._reference = pairs, reference_logprobs
-        lengths = np.array([pair.length for pair in pairs], np.int64)
+        self._pairs, self._reference, self._shared = pairs, reference_logprobs, shared
+        lengths = np.array([pair.length(shared) for pair in pairs], np.int64)
         self._order, self._starts = best_fit(lengths, sequence_length)
         self.pairs_per_row = int(np.diff(self._starts).max(initial=1))
+        self.scored = None
+        if not score_prompts:  # few enough columns to leave the others out, and as many for every batch
+            answers = np.array([sum(int(a.learned.sum()) for a in (p.first, p.second)) for p in pairs], np.int64)
+            most = np.add.reduceat(answers[self._order], self._starts[:-1]).max(initial=1) if len(pairs) else 1
+            self.scored = min(-(-int(most) // 16) * 16, sequence_length)
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -210,20 +232,34 @@ class PairRows(Shuffled):
         index = np.asarray(index, np.int64)
         members = [self._order[self._starts[row] : self._starts[row + 1]] for row in index]
         batch = pair_batch(
-            [[self._pairs[pair] for pair in row] for row in members], self.sequence_length, self.pairs_per_row
+            [[self._pairs[pair] for pair in row] for row in members],
+            self.sequence_length,
+            self.pairs_per_row,
+            shared=self._shared,
+            scored=self.scored,
         )
         return batch if self._reference is None else dataclasses.replace(
             batch, reference_logprobs=np.asarray(self._reference[index], np.float32)
         )
 
 
-def pair_batch(rows: Sequence[Sequence[Pair]], sequence_length: int, pairs_per_row: int | None = None) -> PairBatch:
+def pair_batch(
+    rows: Sequence[Sequence[Pair]],
+    sequence_length: int,
+    pairs_per_row: int | None = None,
+    *,
+    shared: bool = False,
+    scored: int | None = None,
+) -> PairBatch:
     """Rows of pairs as arrays. See `PairBatch`.
 
     Args:
       rows: the pairs of each row.
       sequence_length: T.
       pairs_per_row: P; as many as the fullest row has if None.
+      shared: prompts are computed once for both answers.
+      scored: S, columns for the tokens of answers, so that the vocabulary's pass leaves out all others; None: it
+        does not.
 
     Raises:
       UserError: a row is longer than T.
@@ -234,7 +270,7 @@ def pair_batch(rows: Sequence[Sequence[Pair]], sequence_length: int, pairs_per_r
     ([[7, 1, 2, 7, 3, 0]], [[1, 1, 1, 2, 2, 0]], [[1.0, 1.0, 0.0, 1.0, 0.0, 0.0]])
     """
     B, P = len(rows), pairs_per_row or max(map(len, rows))
-    tokens, targets, segments = np.zeros((3, B, sequence_length), np.int32)
+    tokens, targets, segments, positions, seen = np.zeros((5, B, sequence_length), np.int32)
     mask = np.zeros((B, sequence_length), np.float32)
     weights, margins, desirable = np.zeros((3, B, P), np.float32)
     everything = [pair for row in rows for pair in row]
@@ -242,23 +278,50 @@ def pair_batch(rows: Sequence[Sequence[Pair]], sequence_length: int, pairs_per_r
         start = 0
         for p, pair in enumerate(row):
             weights[b, p], margins[b, p], desirable[b, p] = 1, pair.margin, pair.liked or 0
+            s = pair.shared if shared else 0
+            if (end := start + pair.length(shared)) > sequence_length:
+                raise UserError(f"a row of {end} tokens does not fit {sequence_length}; give it fewer pairs")
+            at = slice(start, start + s)
+            tokens[b, at], targets[b, at] = pair.first.ids[:s], pair.first.ids[1 : s + 1]
+            segments[b, at], positions[b, at] = 2 * P + 2 * p + 1, np.arange(s)
+            start += s
             for side, (ids, learned) in enumerate((pair.first, pair.second)):
-                stop = start + len(ids)
-                if stop > sequence_length:
-                    raise UserError(f"a row of {stop} tokens does not fit {sequence_length}; give it fewer pairs")
-                tokens[b, start:stop], segments[b, start:stop] = ids, 2 * p + side + 1
-                targets[b, start : stop - 1], mask[b, start : stop - 1] = ids[1:], learned[1:]
+                stop = start + len(ids) - s
+                at, before = slice(start, stop), slice(start, stop - 1)
+                tokens[b, at], segments[b, at], positions[b, at] = ids[s:], 2 * p + side + 1, np.arange(s, len(ids))
+                targets[b, before], mask[b, before] = ids[s + 1 :], learned[s + 1 :]
+                seen[b, at] = 2 * P + 2 * p + 1 if s else 0
                 start = stop
     return PairBatch(
         tokens,
         targets,
         mask,
         segments,
-        positions_within_segments(segments),
+        positions,
+        shared=seen if shared else None,
+        scored=None if scored is None else columns(mask, scored),
         pairs=weights,
         margins=margins if any(pair.margin for pair in everything) else None,
         desirable=desirable if any(pair.liked is not None for pair in everything) else None,
     )
+
+
+def columns(mask: np.ndarray, count: int) -> np.ndarray:
+    """int32 [B, S], the columns of each row with a mask, then T.
+
+    Raises:
+      UserError: a row has more than S.
+
+    >>> columns(np.array([[0, 1, 0, 1], [1, 0, 0, 0]]), 2).tolist()
+    [[1, 3], [0, 4]]
+    """
+    found = np.full((len(mask), count), mask.shape[1], np.int32)
+    for b, row in enumerate(mask):
+        where = np.flatnonzero(row)
+        if len(where) > count:
+            raise UserError(f"a row has {len(where)} tokens to score and columns for {count}; give more.")
+        found[b, : len(where)] = where
+    return found
 
 
 class PreferenceData:
@@ -299,13 +362,14 @@ class PreferenceData:
             raise UserError("no pair was held out: raise data.validation_fraction, or set it to 0 to go without")
         self.fingerprint = digest(
             [[digest(a.ids.tobytes() + a.learned.tobytes()) for a in (p.first, p.second)] for p in self.pairs]
-            + [config.row_length, config.seed]
+            + [config.row_length, config.seed, config.shared_prompts]
         )
         self._reference: np.ndarray | None = None
 
     def rows(self) -> PairRows:
         """The training rows."""
-        return PairRows(self.pairs, self.config.row_length, self._reference)
+        config = self.config
+        return PairRows(self.pairs, config.row_length, self._reference, config.shared_prompts, config.score_prompts)
 
     def with_reference(self, logprobs: np.ndarray) -> None:
         """Has batches carry these log-probabilities of the reference, float32 [rows, T] in the order of `rows`."""
@@ -322,7 +386,8 @@ class PreferenceData:
         """The held-out pairs in batches of one shape; rows that are missing at the end hold no pairs."""
         if not self.held_out_pairs:
             return []
-        rows, size = PairRows(self.held_out_pairs, self.config.row_length), batch_size or self.batch_size
+        config, size = self.config, batch_size or self.batch_size
+        rows = PairRows(self.held_out_pairs, config.row_length, None, config.shared_prompts, config.score_prompts)
         found = []
         for first in range(0, len(rows), size):
             batch = rows.gather(np.arange(first, min(first + size, len(rows))))

@@ -176,13 +176,15 @@ class Decoder:
         attentions: tuple[int, ...] = (),
         embedding_noise: float = 0.0,
         fork: Fork | None = None,
+        shared: jax.Array | None = None,
     ) -> ModelOutputs:
         """Hidden states of every token, and the updated cache if the variables hold one.
 
         `collect` numbers the layers whose residual streams are wanted too, `attentions` those whose scores are (see
         `ModelOutputs`; unrolled layers only).
 
-        `embedding_noise` is the alpha of `models.noise.neftune`; `fork` is the batch's, and goes without a cache.
+        `embedding_noise` is the alpha of `models.noise.neftune`; `fork` and `shared` are the batch's, and go without a
+        cache.
 
         Raises:
           UserError: dropout or noise without an `rng`, or more tokens than learned positions.
@@ -211,7 +213,9 @@ class Decoder:
             x_ND = jnp.where(keep, x_ND / (1 - config.dropout), 0).astype(x_ND.dtype)
 
         if cache is None:
-            contexts = self._contexts(segments_BT, positions_BT, (segments_BT, positions_BT), fork=fork)
+            if fork is not None and shared is None:
+                shared = (segments_BT > 1).astype(jnp.int32)
+            contexts = self._contexts(segments_BT, positions_BT, (segments_BT, positions_BT), fork=fork, shared=shared)
         else:
             contexts, cache = self._write(cache, segments_BT, positions_BT)
         x_ND, layer_caches, streams, scores = self._layers(
@@ -282,6 +286,7 @@ class Decoder:
         *keys: tuple[jax.Array, jax.Array],
         write: Write | None = None,
         fork: Fork | None = None,
+        shared: jax.Array | None = None,
     ) -> tuple[Context, Context | None]:
         """Mask and rotations of full layers, and of windowed layers where there are any.
 
@@ -290,7 +295,7 @@ class Decoder:
         config = self.config
 
         def context(keys: tuple[jax.Array, jax.Array], window: int | None, theta: float, scaling: Any) -> Context:
-            mask = attention_mask(query_segments, query_positions, *keys, window, shared=fork is not None)
+            mask = attention_mask(query_segments, query_positions, *keys, window, shared)
             rotary = config.position == "rope"
             rope = rope_table(query_positions, config.head_width, theta, scaling) if rotary else None
             return Context(mask, rope, write, fork)

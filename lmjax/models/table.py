@@ -36,6 +36,7 @@ class Bigram:
         rng: jax.Array | None = None,
         train: bool = False,
         fork: Fork | None = None,
+        shared: jax.Array | None = None,
     ) -> ModelOutputs:
         hidden = jnp.take(variables["params"]["table"], tokens_BT, axis=0)
         cache = variables.get("cache")

@@ -55,17 +55,17 @@ def attention_mask(
     key_segments: jax.Array,
     key_positions: jax.Array,
     window: int | None = None,
-    shared: bool = False,
+    shared: jax.Array | None = None,
 ) -> jax.Array:
     """Who sees whom: keys of the same segment, at the same position or before, within the window. bool [B, 1, T, S].
 
-    Where a prompt is `shared`, keys of segment 1 are seen by all later segments besides.
+    `shared` [B, T] numbers a segment that each query sees besides its own, 0 for none.
     Padding (segment 0) sees padding only, so no row is ever fully masked (softmax would silently average all values).
     """
     ahead = query_positions[:, :, None] - key_positions[:, None, :]
     mask = query_segments[:, :, None] == key_segments[:, None, :]
-    if shared:
-        mask |= (query_segments[:, :, None] > 1) & (key_segments[:, None, :] == 1)
+    if shared is not None:
+        mask |= (shared[:, :, None] > 0) & (shared[:, :, None] == key_segments[:, None, :])
     mask &= ahead >= 0
     if window is not None:
         mask &= ahead < window

@@ -258,7 +258,7 @@ def _evaluate_stream(
             scored(own.hidden, batch),
             scored(batch.targets, batch),
             loss_of,
-            scored((batch, others, shares), batch),
+            scored((dataclasses.replace(batch, scored=None), others, shares), batch),
             temperature_B=batch.temperature,
             wanted=sorted(wanted.statistics),
             elements=own.policy.chunk_elements,

@@ -230,6 +230,8 @@ def tpo(
 @term
 def chosen_nll(outputs: Outputs, batch: PairBatch, prompt: bool = False) -> Any:
     """Negative log-likelihood of the chosen answers, and of their prompts if asked, mean over their tokens."""
+    if prompt and batch.scored is not None:
+        raise UserError("prompts are to be learned, and these batches score answers only; set data.score_prompts.")
     chosen = (batch.segments % 2 == 1).astype(jnp.float32)
     return -outputs.logprobs, chosen * (_has_target(batch) if prompt else batch.mask)
 
@@ -242,9 +244,10 @@ def unlikelihood(outputs: Outputs, batch: PairBatch) -> Any:
 
 
 def _has_target(batch: Batch) -> jax.Array:
-    """float32 [B, T], 1 where the next token of the same sequence follows."""
+    """float32 [B, T], 1 where the next token of the same sequence follows, as it does everywhere in a shared prompt."""
     following = jnp.concatenate([batch.segments[:, 1:], jnp.zeros_like(batch.segments[:, :1])], axis=1)
-    return ((batch.segments > 0) & (batch.segments == following)).astype(jnp.float32)
+    prompt = batch.segments != batch.sequences
+    return ((batch.segments > 0) & (prompt | (batch.segments == following))).astype(jnp.float32)
 
 
 def kto(

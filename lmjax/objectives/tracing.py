@@ -242,6 +242,7 @@ def _empty(term: Term, shape_BT: tuple[int, int]) -> dict[str, Any]:
 
 
 def _abstract(batch: Batch) -> Any:
+    batch = dataclasses.replace(batch, scored=None)  # of no concern to a term
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), batch)
 
 

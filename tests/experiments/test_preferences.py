@@ -177,7 +177,7 @@ def test_a_reward_model_learns_which_is_better(base, files, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(objective="dop()"), "did you mean dpo"),
+        (dict(objective="dpoo()"), "did you mean dpo"),
         (dict(objective="distillation('teacher')"), "there is only 'reference'"),
         (dict(objective="simpo()", reference="cached"), "no term of the objective takes one"),
         (dict(data=PreferenceConfig(path="nowhere.jsonl", max_length=40)), "does not exist"),

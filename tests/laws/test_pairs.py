@@ -14,6 +14,7 @@ import pytest
 
 import lmjax as lm
 from lmjax.batch import BeliefBatch
+from lmjax.data import Answer, Pair, pair_batch
 from lmjax.errors import UserError
 from lmjax.objectives import Objective, evaluate, finalize, pluralistic, preferences, reward_models
 from lmjax.objectives.pairs import LogRatio
@@ -230,3 +231,37 @@ def test_tpo_is_a_pair_and_gold_answers_of_another_stream():
     apart = evaluate(P.simpo(0.01, gamma=0.5), policy, variables, batches["pairs"]).loss
     gold = evaluate(lm.objectives.cross_entropy(), policy, variables, batches["gold"]).loss
     np.testing.assert_allclose(found, apart + 0.5 * gold, rtol=1e-6)
+
+
+@pytest.mark.parametrize("answers_only", [False, True])
+def test_prompts_that_are_shared_and_columns_that_are_scored(answers_only):
+    """A prompt computed once for both of its answers, and the vocabulary's pass over answers only, change nothing."""
+    policy, variables, roles = _setting()
+    random = np.random.default_rng(5)
+
+    def answer(prompt: np.ndarray) -> Answer:
+        ids = np.concatenate([prompt, random.integers(0, VOCAB, random.integers(1, 5))])
+        return Answer(ids, np.arange(len(ids)) >= len(prompt))
+
+    prompts = [random.integers(0, VOCAB, n) for n in (1, 4, 2, 6, 3)]
+    pairs = [Pair(answer(prompt), answer(prompt), 0.1 * len(prompt), liked=bool(len(prompt) % 2)) for prompt in prompts]
+    assert [pair.shared for pair in pairs] == [0, 3, 1, 5, 2]
+    others = {"gdpo", "dpo_cached", "process_reward"} | ({"orpo"} if answers_only else set())
+    names = [name for name, case in PAIR_TERMS.items() if case.answers == 2 and name not in others]
+    for splits in (True, False):
+        terms = [(0.1 + 0.07 * n) * PAIR_TERMS[name].build() for n, name in enumerate(names)
+                 if PAIR_TERMS[name].splits == splits]  # fmt: skip
+
+        def loss(variables: Any, batch: Any, objective: Objective = sum(terms[1:], terms[0])) -> Any:  # noqa: B008
+            return evaluate(objective, policy, variables, batch, roles=roles).loss
+
+        gradient = jax.jit(jax.value_and_grad(loss))
+        expected = gradient(variables, pair_batch([[pair] for pair in pairs], 24))
+        options = dict(shared=True, scored=16 if answers_only else None)
+        found = gradient(variables, pair_batch([pairs[:2], [], pairs[2:]], 40, **options))
+        assert_close(found, expected, rtol=5e-5)
+    if answers_only:
+        with pytest.raises(UserError, match="score_prompts"):
+            evaluate(P.orpo(), policy, variables, pair_batch([pairs[:2]], 40, **options), roles=roles)
+        with pytest.raises(UserError, match="columns for 3"):
+            pair_batch([pairs], 100, scored=3)

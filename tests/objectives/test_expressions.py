@@ -27,7 +27,7 @@ def test_an_expression_is_what_it_says():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("dop()", "did you mean dpo"),
+        ("dpoo()", "did you mean dpo"),
         ("dpo", "not understood"),
         ("0.1", "is no term"),
         ("dpo(", "is no expression"),

@@ -1,0 +1,284 @@
+"""Rewards: functions of rollouts, each with a weight, judged beside the device's work; failures are counted, not raised."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from lmjax.errors import UserError
+from lmjax.rl.rollouts import Rollout
+from lmjax.rl.workers import Failure, Workers
+
+RAISED, TIMED_OUT, NOT_A_NUMBER = "raised", "timed out", "not a number"
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+    """A reward.
+
+    Attributes:
+      name: what its numbers are called.
+      function: `rollout -> number`, or None where it does not apply, or a sequence of `(end, number)` for rewards of
+        steps, `end` being the index of a step's last token. It may be `async`. With `together` it is
+        `rollouts -> numbers`.
+      weight: of its numbers in the sum.
+      timeout: seconds for a rollout; of an async function, or with `apart`.
+      apart: in processes of their own, which are ended when they take too long (functions of modules only).
+      together: all rollouts at once, as a reward model wants them.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    weight: float = 1.0
+    timeout: float | None = None
+    apart: bool = False
+    together: bool = False
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.weight):
+            raise UserError(f"the reward {self.name!r} has the weight {self.weight}; give a finite number.")
+        if self.timeout is not None and self.timeout <= 0:
+            raise UserError(f"the reward {self.name!r} has a timeout of {self.timeout} seconds; give more than 0.")
+        if self.timeout is not None and not self.apart and not inspect.iscoroutinefunction(self.function):
+            raise UserError(f"the reward {self.name!r} cannot be ended within this process; set apart=True.")
+        if self.together and (self.apart or inspect.iscoroutinefunction(self.function)):
+            raise UserError(f"the reward {self.name!r} takes all rollouts together, so it runs here, and not async.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """What rollouts were found to be worth.
+
+    Attributes:
+      names, weights: of the K rewards.
+      values: float64 [K, N]; NaN where a reward does not apply or failed. Rewards of steps count by their sum.
+      steps: of each rollout, the (end, weighted number) of its steps, in order.
+      failures: (reward, kind) -> how many, and what the first one said.
+    """
+
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    values: np.ndarray
+    steps: tuple[tuple[tuple[int, float], ...], ...]
+    failures: Mapping[tuple[str, str], tuple[int, str]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def total(self) -> np.ndarray:
+        """float64 [N], the weighted sum of the rewards that apply; NaN where none does."""
+        weighted = np.asarray(self.weights)[:, None] * self.values
+        found = np.nansum(weighted, axis=0)
+        return np.where(np.isnan(self.values).all(axis=0), np.nan, found)
+
+    def take(self, index: Sequence[int]) -> Scores:
+        """Those of some rollouts; failures are left behind."""
+        return Scores(self.names, self.weights, self.values[:, list(index)], tuple(self.steps[i] for i in index))
+
+    def metrics(self) -> dict[str, float]:
+        """Mean and spread of the sum and of each reward, by the names that practitioners expect."""
+        found = {}
+        for name, values in (("reward", self.total), *zip((f"rewards/{n}" for n in self.names), self.values)):
+            there = values[np.isfinite(values)]
+            mean, spread = ("reward", "reward_std") if name == "reward" else (f"{name}/mean", f"{name}/std")
+            found[mean] = float(there.mean()) if len(there) else 0.0
+            found[spread] = float(there.std(ddof=1)) if len(there) > 1 else 0.0
+        for (name, kind), (count, _) in self.failures.items():
+            found[f"rewards/{name}/{kind.replace(' ', '_')}"] = float(count)
+        return found
+
+    def report(self) -> list[str]:
+        """A sentence for each kind of failure."""
+        return [
+            f"the reward {name!r} of {count} of {self.values.shape[1]} rollouts is missing ({kind}), the first: {text}"
+            for (name, kind), (count, text) in self.failures.items()
+        ]
+
+
+def join_scores(parts: Sequence[Scores]) -> Scores:
+    """The scores of several lots of rollouts, one lot after the other."""
+    failures: dict[tuple[str, str], tuple[int, str]] = {}
+    for part in parts:
+        for key, (count, text) in part.failures.items():
+            known, first = failures.get(key, (0, text))
+            failures[key] = known + count, first
+    values = np.concatenate([part.values for part in parts], axis=1)
+    steps = tuple(own for part in parts for own in part.steps)
+    return Scores(parts[0].names, parts[0].weights, values, steps, failures)
+
+
+class Judge:
+    """Scores rollouts in a thread, and where rewards ask for it in processes. Close it, or use it in a `with`.
+
+    Args:
+      rewards: at least one, of different names.
+      workers: processes for rewards that are `apart`.
+
+    Raises:
+      UserError: no rewards, two of one name, or a function that cannot be sent to another process.
+
+    >>> shorter = Reward("shorter", lambda rollout: -len(rollout.tokens))
+    >>> nothing = np.zeros(2, np.float32)
+    >>> said = Rollout(np.array([1]), np.array([2, 3]), 0, nothing, nothing, "eos", nothing == 0)
+    >>> with Judge([shorter]) as judge:
+    ...     print(judge([said])().total)
+    [-2.]
+    """
+
+    def __init__(self, rewards: Sequence[Reward], workers: int = 2):
+        if not rewards:
+            raise UserError("there is no reward to judge rollouts by; give at least one.")
+        names = [reward.name for reward in rewards]
+        if len(set(names)) < len(names):
+            raise UserError(f"two rewards have one name among {', '.join(names)}; name each differently.")
+        self.rewards = tuple(rewards)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "rewards")
+        apart = {reward.name: reward.function for reward in rewards if reward.apart}
+        self._workers = Workers(apart, workers) if apart else None
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> Callable[[], Scores]:
+        """Begins to score; the function that is returned waits for the scores and gives them."""
+        return self._thread.submit(self._score, list(rollouts)).result
+
+    def __enter__(self) -> Judge:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the thread and the processes."""
+        self._thread.shutdown(cancel_futures=True)
+        if self._workers is not None:
+            self._workers.close()
+
+    def _score(self, rollouts: list[Rollout]) -> Scores:
+        values = np.full((len(self.rewards), len(rollouts)), np.nan)
+        steps: list[list[tuple[int, float]]] = [[] for _ in rollouts]
+        failures: dict[tuple[str, str], tuple[int, str]] = {}
+        for k, reward in enumerate(self.rewards):
+            for i, result in enumerate(self._results(reward, rollouts)):
+                if isinstance(result, Failure):
+                    count, first = failures.get((reward.name, result.kind), (0, result.text))
+                    failures[reward.name, result.kind] = count + 1, first
+                elif isinstance(result, float):
+                    values[k, i] = result
+                elif result is not None:
+                    values[k, i] = math.fsum(number for _, number in result)
+                    steps[i] += [(end, reward.weight * number) for end, number in result]
+        names, weights = zip(*((reward.name, reward.weight) for reward in self.rewards))
+        return Scores(names, weights, values, tuple(tuple(sorted(own)) for own in steps), failures)
+
+    def _results(self, reward: Reward, rollouts: list[Rollout]) -> list[Any]:
+        """Of each rollout a number, steps, None or a failure."""
+        if reward.together:
+            found = _tried(reward.function, rollouts)
+            if isinstance(found, Failure):
+                return [found] * len(rollouts)
+            found = list(found)
+            if len(found) != len(rollouts):
+                text = f"it gave {len(found)} numbers for {len(rollouts)} rollouts"
+                return [Failure(RAISED, text)] * len(rollouts)
+        elif reward.apart:
+            assert self._workers is not None
+            found = self._workers.map(reward.name, rollouts, reward.timeout)
+        elif inspect.iscoroutinefunction(reward.function):
+            found = asyncio.run(_gathered(reward, rollouts))
+        else:
+            found = [_tried(reward.function, rollout) for rollout in rollouts]
+        return [_checked(result, len(rollout.tokens)) for result, rollout in zip(found, rollouts)]
+
+
+async def _gathered(reward: Reward, rollouts: list[Rollout]) -> list[Any]:
+    async def one(rollout: Rollout) -> Any:
+        try:
+            return await asyncio.wait_for(reward.function(rollout), reward.timeout)
+        except (TimeoutError, asyncio.TimeoutError):
+            return Failure(TIMED_OUT, f"after {reward.timeout} seconds")
+        except Exception as error:
+            return Failure(RAISED, f"{type(error).__name__}: {error}")
+
+    return list(await asyncio.gather(*(one(rollout) for rollout in rollouts)))
+
+
+def _tried(function: Callable[..., Any], argument: Any) -> Any:
+    try:
+        return function(argument)
+    except Exception as error:
+        return Failure(RAISED, f"{type(error).__name__}: {error}")
+
+
+def _checked(result: Any, length: int) -> Any:
+    """A float, steps, None or a failure of what a function gave."""
+    if result is None or isinstance(result, Failure):
+        return result
+    try:
+        if np.ndim(result) == 0:
+            return float(result) if math.isfinite(result) else Failure(NOT_A_NUMBER, str(result))
+        steps = [(int(end), float(number)) for end, number in result]
+    except (TypeError, ValueError):
+        return Failure(NOT_A_NUMBER, f"{result!r}"[:200])
+    if any(not math.isfinite(number) for _, number in steps):
+        return Failure(NOT_A_NUMBER, f"{steps}"[:200])
+    if any(not 0 <= end < length for end, _ in steps):
+        return Failure(NOT_A_NUMBER, f"a step ends outside the rollout's {length} tokens: {steps}"[:200])
+    return steps
+
+
+def of_text(function: Callable[..., Any], *fields: str) -> Callable[[Rollout], Any]:
+    """A reward's function from one of the text, and of fields of the prompt's record.
+
+    >>> right = of_text(lambda text, answer: float(text == answer), "answer")
+    """
+    return lambda rollout: function(rollout.text, *(rollout.record[field] for field in fields))
+
+
+def of_reward_model(judge: Callable[[list[np.ndarray], list[np.ndarray]], Any]) -> Callable[[Sequence[Rollout]], Any]:
+    """A reward's function, `together`, from a judge of prompts and answers, as `evaluation.reward_judge` gives it."""
+    return lambda rollouts: np.asarray(judge([r.prompt for r in rollouts], [r.tokens for r in rollouts]))
+
+
+MissingEnd = Literal["subtract", "replace"]
+
+
+def without_end(
+    function: Callable[[Rollout], Any], penalty: float, how: MissingEnd = "subtract"
+) -> Callable[[Rollout], Any]:
+    """A reward that rollouts without an end lose part of ("subtract": TRL), or get -penalty in place of ("replace": N+).
+
+    Args:
+      function: rollout -> number.
+      penalty: not negative.
+      how: "subtract" or "replace".
+    """
+    if penalty < 0 or how not in ("subtract", "replace"):
+        raise UserError(f"the penalty is {penalty} and the rule {how!r}; give 0 or more, and subtract or replace.")
+
+    def reward(rollout: Rollout) -> Any:
+        if rollout.ended:
+            return function(rollout)
+        return -penalty if how == "replace" else function(rollout) - penalty
+
+    return reward
+
+
+def overlong(limit: int, buffer: int, factor: float = 1.0) -> Callable[[Rollout], float]:
+    """DAPO's soft penalty (arXiv:2503.14476), in tokens: 0 up to limit - buffer, then down to -factor at the limit.
+
+    >>> nothing = np.zeros(9, np.float32)
+    >>> overlong(10, 4)(Rollout(np.array([1]), np.arange(9), 0, nothing, nothing, "eos", nothing == 0))
+    -0.75
+    """
+    if not 0 < buffer <= limit:
+        raise UserError(f"the buffer is {buffer} and the limit {limit}; give a buffer from 1 up to the limit.")
+
+    def reward(rollout: Rollout) -> float:
+        beyond = int(rollout.own.sum()) - (limit - buffer)
+        return -factor * min(max(beyond / buffer, 0.0), 1.0)
+
+    return reward
