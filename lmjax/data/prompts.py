@@ -26,11 +26,13 @@ class Prompt:
       ids: int32 [P], at least one.
       text: the same, as it is shown.
       record: what else is known, such as the right answer.
+      number: among all prompts.
     """
 
     ids: np.ndarray
     text: str = ""
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    number: int = 0
 
 
 class PromptData(NamedTuple):

@@ -4,12 +4,24 @@ from lmjax._lazy import attach
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
-    submodules=("experience", "layout", "plan", "prompts", "rollouts", "saving"),
+    submodules=(
+        "advantages", "arithmetic", "controllers", "credit", "diagnostics", "environments", "experience", "layout",
+        "plan", "prompts", "returns", "rewards", "rollouts", "saving", "selection", "verifiers", "workers",
+    ),
     names={
+        "advantages": ["ESTIMATORS", "Estimator", "best_advantages", "decoupled_advantages", "process_advantages"],
+        "controllers": ["AdaptiveEntropy", "AdaptiveKL", "RunningMean"],
+        "credit": ["KLReward", "critic_credit", "outcome_credit", "process_credit", "reading"],
+        "diagnostics": ["diagnose"],
+        "environments": ["Environment", "play", "turn_rewards"],
         "experience": ["Credit", "Experience", "following"],
         "layout": ["Layout", "lay_out", "rollout_batch", "take_rows"],
         "plan": ["Plan"],
         "prompts": ["Prompts"],
+        "rewards": [
+            "Judge", "Reward", "Scores", "join_scores", "of_reward_model", "of_text", "overlong", "without_end",
+        ],
         "rollouts": ["Rollout", "roll_out"],
+        "selection": ["Curriculum", "scores_differ"],
     },
 )

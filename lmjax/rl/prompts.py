@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ class Prompts:
     def __init__(self, prompts: Sequence[Prompt], seed: int = 0):
         if not prompts:
             raise UserError("there are no prompts to roll out; give at least one.")
-        self.prompts = list(prompts)
+        self.prompts = [dataclasses.replace(prompt, number=n) for n, prompt in enumerate(prompts)]
         self._seed, self._taken = seed, 0
 
     @property

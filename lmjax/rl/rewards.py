@@ -1,4 +1,4 @@
-"""Rewards: functions of rollouts, each with a weight, judged beside the device's work; failures are counted, not raised."""
+"""Rewards: functions of rollouts, each with a weight, judged beside the device's work. Failures are counted."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ async def _gathered(reward: Reward, rollouts: list[Rollout]) -> list[Any]:
     async def one(rollout: Rollout) -> Any:
         try:
             return await asyncio.wait_for(reward.function(rollout), reward.timeout)
-        except (TimeoutError, asyncio.TimeoutError):
+        except TimeoutError:
             return Failure(TIMED_OUT, f"after {reward.timeout} seconds")
         except Exception as error:
             return Failure(RAISED, f"{type(error).__name__}: {error}")
@@ -249,7 +249,7 @@ MissingEnd = Literal["subtract", "replace"]
 def without_end(
     function: Callable[[Rollout], Any], penalty: float, how: MissingEnd = "subtract"
 ) -> Callable[[Rollout], Any]:
-    """A reward that rollouts without an end lose part of ("subtract": TRL), or get -penalty in place of ("replace": N+).
+    """A reward less a penalty where a rollout has no end ("subtract": TRL), or -penalty in its place ("replace": N+).
 
     Args:
       function: rollout -> number.

@@ -33,6 +33,7 @@ class Rollout:
       prompt_text, text: the prompt, and what was said (without the end-of-sequence token), as text.
       record: what else is known of the prompt: the columns of its record, such as the right answer.
       version: the number of updates that the policy had had.
+      number: of its prompt among all prompts.
     """
 
     prompt: np.ndarray
@@ -46,6 +47,7 @@ class Rollout:
     text: str = ""
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     version: int = 0
+    number: int = 0
 
     @property
     def ended(self) -> bool:
@@ -113,6 +115,7 @@ def roll_out(
                 text="" if tokenizer is None else tokenizer.decode(words.tolist()),
                 record=prompt.record,
                 version=version,
+                number=prompt.number,
             )
         )
     return rollouts

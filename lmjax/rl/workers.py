@@ -70,12 +70,14 @@ class Workers:
             _, pipe = worker
             pipe.send((name, argument))
             if not pipe.poll(timeout):
-                worker = _end(worker)
+                _end(worker)
+                worker = None
                 return Failure("timed out", f"after {timeout} seconds")
             result = pipe.recv()
             return Failure(*result[1:]) if isinstance(result, tuple) and result and result[0] == _FAILED else result
         except (EOFError, OSError):
-            worker = _end(worker)
+            _end(worker)
+            worker = None
             return Failure("raised", "its process died")
         finally:
             self._idle.put(worker)

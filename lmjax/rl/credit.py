@@ -1,0 +1,243 @@
+"""Credit: from the scores of rollouts to the advantages of their tokens, and what values should have been."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from lmjax.batch import RolloutBatch
+from lmjax.models.decoder import Variables
+from lmjax.policy import Outputs, Policy, Request
+from lmjax.rl import returns
+from lmjax.rl.advantages import Estimator, advantages, decoupled_advantages, process_advantages
+from lmjax.rl.controllers import AdaptiveEntropy, AdaptiveKL, RunningMean
+from lmjax.rl.experience import Credit, Function, Read
+from lmjax.rl.rewards import Scores
+from lmjax.rl.rollouts import Rollout
+
+GiveCredit = Callable[[list[Rollout], Scores, Read], Credit]
+
+
+@dataclasses.dataclass(frozen=True)
+class KLReward:
+    """A cost for going away from a reference, in the reward.
+
+    Attributes:
+      reference: reads the reference's log-probabilities; from `reading`.
+      coefficient: a number, or a controller that follows the KL.
+      estimator: "k1", "abs", "k2" or "k3".
+    """
+
+    reference: Function
+    coefficient: float | AdaptiveKL = 0.05
+    estimator: returns.Estimator = "k1"
+
+    @property
+    def now(self) -> float:
+        """The coefficient as it is."""
+        return self.coefficient.coefficient if isinstance(self.coefficient, AdaptiveKL) else self.coefficient
+
+
+def reading(
+    what: str, variables: Callable[[Variables], Variables] | Variables | None = None, policy: Policy | None = None
+) -> Function:
+    """A function for `Experience` to read something of every token: "logprobs" or "values", [B, T].
+
+    Args:
+      what: a field of `Outputs`.
+      variables: another model's, or a function that selects them among the policy's; None: the policy's own.
+      policy: that other model; None: the same.
+    """
+
+    def function(own: Policy, held: Variables, batch: RolloutBatch) -> jax.Array:
+        found = held if variables is None else variables(held) if callable(variables) else variables
+        outputs: Outputs = (policy or own)(found, batch)
+        wanted = frozenset({what}) if what == "logprobs" else frozenset()
+        result: jax.Array = getattr(outputs.expecting(Request(wanted), {}), what)
+        return result
+
+    return function
+
+
+def outcome_credit(
+    estimator: Estimator,
+    *,
+    kl: KLReward | None = None,
+    largest: float | None = None,
+    learn_truncated: bool = True,
+    decoupled: bool = False,
+    whitened: bool = False,
+    running: RunningMean | None = None,
+    entropy: AdaptiveEntropy | None = None,
+) -> GiveCredit:
+    """One advantage for all tokens of a rollout: REINFORCE, RLOO, GRPO and relatives.
+
+    Args:
+      estimator: of the advantages; with the baseline "given" it is the running mean's.
+      kl: a cost in the reward, summed over the rollout (TRL's RLOO).
+      largest: scores are held within +-largest.
+      learn_truncated: False leaves rollouts out that came to the limit of their length.
+      decoupled: each reward is standardised for itself (`decoupled_advantages`).
+      whitened: advantages are whitened over all tokens of the batch (REINFORCE++'s baseline form).
+      running: the baseline "given".
+      entropy: sets the coefficient "entropy" of the batch, for `objectives.by_coefficient`.
+    """
+
+    def credit(rollouts: list[Rollout], scores: Scores, read: Read) -> Credit:
+        total, metrics, fields = scores.total, scores.metrics(), {}
+        groups = np.array([rollout.group for rollout in rollouts])
+        out = np.isnan(total) | np.array([not (learn_truncated or rollout.ended) for rollout in rollouts])
+        if largest is not None:
+            total = np.clip(total, -largest, largest)
+        if kl is not None:
+            costs, fields["reference_logprobs"] = _kl_of(rollouts, kl, read, metrics)
+            total = total - kl.now * np.array([cost.sum() for cost in costs])
+            _follow(kl, metrics, len(rollouts))
+        total = np.where(out, np.nan, total)
+        lengths = np.array([rollout.own.sum() for rollout in rollouts], float)
+        if decoupled:
+            found = decoupled_advantages(np.where(out, np.nan, scores.values), scores.weights, groups)
+        else:
+            given = None if running is None else np.full(len(total), running.mean)
+            found = advantages(total, groups, estimator, lengths=lengths, given=given)
+        if running is not None and np.isfinite(total).any():
+            running.update(float(np.nanmean(total)))
+        tokens: list[Any] = [float(advantage) for advantage in found]
+        if whitened:
+            own = returns.padded([rollout.own * (not o) for rollout, o in zip(rollouts, out)])
+            white = returns.whiten(own * found[:, None], own)
+            tokens = [row[: len(rollout.own)] for row, rollout in zip(white, rollouts)]
+        metrics |= _about_groups(scores.total, groups, found, out)
+        coefficients = {}
+        if entropy is not None:
+            coefficients["entropy"] = metrics["entropy_coef"] = entropy.coefficient
+            entropy.update(_sampled_entropy(rollouts))
+        return Credit(tokens, out.tolist(), fields, metrics, coefficients)
+
+    return credit
+
+
+def process_credit(*, eps: float = 1e-6, learn_truncated: bool = True) -> GiveCredit:
+    """An advantage for each step of a rollout (`process_advantages`), from rewards of steps."""
+
+    def credit(rollouts: list[Rollout], scores: Scores, read: Read) -> Credit:
+        groups = np.array([rollout.group for rollout in rollouts])
+        out = np.array([not (learn_truncated or rollout.ended) for rollout in rollouts]) | np.isnan(scores.total)
+        steps = [() if o else own for own, o in zip(scores.steps, out)]
+        found = process_advantages(steps, groups, [len(rollout.tokens) for rollout in rollouts], eps=eps)
+        means = np.array([own.mean() if len(own) else 0.0 for own in found])
+        metrics = scores.metrics() | _about_groups(scores.total, groups, means, out)
+        return Credit(found, out.tolist(), {}, metrics)
+
+    return credit
+
+
+def critic_credit(
+    values: Function,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    kl: KLReward | None = None,
+    position: returns.Position = "last",
+    largest: float | None = None,
+    whiten_rewards: bool = False,
+    whiten_advantages: bool = True,
+    learn_truncated: bool = True,
+) -> GiveCredit:
+    """Advantages of tokens by GAE from a critic's values, and returns for it to learn: PPO.
+
+    Args:
+      values: reads the critic; from `reading("values", ...)`.
+      gamma, lam: see `returns.gae`.
+      kl: a cost of each token in the reward.
+      position: where a rollout's score is placed: at its last token, or one behind ("after_eos": N+; rows need
+        `Plan.last_token`). Rewards of steps go where the steps end.
+      largest: scores are held within +-largest.
+      whiten_rewards, whiten_advantages: over all tokens of the batch; rewards keep their mean.
+      learn_truncated: False leaves rollouts out that came to the limit of their length.
+    """
+    extra = int(position == "after_eos")
+
+    def credit(rollouts: list[Rollout], scores: Scores, read: Read) -> Credit:
+        metrics = scores.metrics()
+        out = np.isnan(scores.total) | np.array([not (learn_truncated or rollout.ended) for rollout in rollouts])
+        lengths = np.array([len(rollout.tokens) for rollout in rollouts])
+        width = int(lengths.max()) + extra
+        own = returns.padded([rollout.own for rollout in rollouts], width)
+        slots = own.copy()  # where there is a value
+        if extra:
+            slots[np.arange(len(lengths)), np.minimum(lengths, width - 1)] = 1
+        kept = own * ~out[:, None]
+        total = np.nan_to_num(scores.total)
+        if largest is not None:
+            total = np.clip(total, -largest, largest)
+        rewards = returns.place_scores(total, lengths, width, position)
+        for i, steps in enumerate(scores.steps):
+            if steps:
+                rewards[i] = 0
+                for end, number in steps:
+                    rewards[i, end] += number
+        fields: dict[str, Any] = {}
+        if kl is not None:
+            costs, fields["reference_logprobs"] = _kl_of(rollouts, kl, read, metrics)
+            rewards = rewards - kl.now * returns.padded(costs, width)
+            _follow(kl, metrics, len(rollouts))
+        if whiten_rewards:
+            rewards = returns.whiten(rewards, slots * ~out[:, None], keep_mean=True)
+        expected = returns.padded([row[: n + extra] for row, n in zip(read(values), lengths)], width) * slots
+        gains, wanted = returns.gae(rewards, expected, slots, gamma, lam)
+        if whiten_advantages:
+            gains = returns.whiten(gains, kept)
+        rows = lambda array: [row[: n + extra] for row, n in zip(array, lengths)]
+        fields |= {"values": rows(expected), "returns": rows(wanted), "value_mask": rows(slots * ~out[:, None])}
+        if kept.any():
+            error, there = wanted - expected, kept > 0
+            spread = wanted[there].var()
+            metrics["val/explained_variance"] = float(1 - error[there].var() / spread) if spread > 0 else 0.0
+            metrics |= {"val/mean": float(expected[there].mean()), "val/return": float(wanted[there].mean())}
+        groups = np.array([rollout.group for rollout in rollouts])
+        metrics |= _about_groups(scores.total, groups, gains.sum(1), out)
+        return Credit([row[:n] for row, n in zip(gains, lengths)], out.tolist(), fields, metrics)
+
+    return credit
+
+
+def _kl_of(rollouts: list[Rollout], kl: KLReward, read: Read, metrics: dict[str, float]) -> tuple[list[Any], list[Any]]:
+    """The KL of each token, and the reference's log-probabilities."""
+    reference = [row[: len(r.tokens)] for row, r in zip(read(kl.reference), rollouts)]
+    estimates = [
+        returns.kl_costs(r.logprobs, other, kl.estimator) * r.own for r, other in zip(rollouts, reference)
+    ]
+    exact = [((r.logprobs - other) * r.own).sum() for r, other in zip(rollouts, reference)]
+    metrics["objective/kl"] = float(np.mean(exact))
+    metrics["objective/kl_coefficient"] = kl.now
+    metrics["objective/non_score_reward"] = -kl.now * float(np.mean([own.sum() for own in estimates]))
+    return estimates, reference
+
+
+def _follow(kl: KLReward, metrics: dict[str, float], rollouts: int) -> None:
+    if isinstance(kl.coefficient, AdaptiveKL):
+        kl.coefficient.update(metrics["objective/kl"], rollouts)
+
+
+def _sampled_entropy(rollouts: list[Rollout]) -> float:
+    """The mean of -log pi over the policy's own tokens, whose expectation is the entropy."""
+    own = np.concatenate([rollout.logprobs[rollout.own] for rollout in rollouts])
+    return float(-own.mean()) if len(own) else 0.0
+
+
+def _about_groups(total: np.ndarray, groups: np.ndarray, found: np.ndarray, out: np.ndarray) -> dict[str, float]:
+    same = []
+    for group in np.unique(groups):
+        own = total[groups == group]
+        own = own[np.isfinite(own)]
+        same.append(len(own) < 2 or np.ptp(own) == 0)
+    return {
+        "frac_reward_zero_std": float(np.mean(same)),
+        "advantage/mean_abs": float(np.abs(found).mean()),
+        "rollouts/left_out": float(np.mean(out)),
+    }

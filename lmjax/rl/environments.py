@@ -1,0 +1,240 @@
+"""Episodes in turns: a policy speaks, an environment answers, until one of them ends it.
+
+An environment is plain Python with two methods. What it says is read by the policy and never learned: rollouts mark the
+policy's own tokens (`Rollout.own`). Ids are never made again of text: what was drawn is what is learned.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from lmjax.data.prompts import Prompt
+from lmjax.errors import UserError
+from lmjax.generation.sampler import generate
+from lmjax.models.decoder import Variables
+from lmjax.policy import Policy
+from lmjax.rl.rollouts import Rollout
+from lmjax.tokenizers.base import Tokenizer
+
+TURNS, FAILURE = "turn_rewards", "environment_failure"  # in the record of an episode
+
+
+class Environment(Protocol):
+    """The other side of an episode."""
+
+    def reset(self, record: Mapping[str, Any], seed: int) -> str:
+        """Begins an episode about a prompt's record; what it says first, behind the prompt, or nothing."""
+
+    def step(self, text: str) -> tuple[str, float, bool]:
+        """Takes what the policy said; gives what it says to that, a reward, and whether the episode is over."""
+
+
+@dataclasses.dataclass
+class _Episode:
+    prompt: Prompt
+    group: int
+    environment: Environment
+    ids: list[int] = dataclasses.field(default_factory=list)
+    own: list[bool] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    sampling: list[float] = dataclasses.field(default_factory=list)
+    rewards: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+    texts: list[str] = dataclasses.field(default_factory=list)
+    finish: str = ""
+    failure: str = ""
+
+    def hear(self, ids: Sequence[int]) -> None:
+        self.ids += ids
+        self.own += [False] * len(ids)
+        self.logprobs += [0.0] * len(ids)
+        self.sampling += [0.0] * len(ids)
+
+    def fail(self, error: Exception) -> None:
+        self.finish, self.failure = "failed", f"{type(error).__name__}: {error}"
+
+
+def play(
+    policy: Policy,
+    variables: Variables,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    make: Callable[[], Environment],
+    key: jax.Array,
+    *,
+    samples: int,
+    turns: int,
+    max_new_tokens: int,
+    max_turn_tokens: int,
+    ends: int | Sequence[int],
+    temperature: float = 1.0,
+    encode: Callable[[str], Sequence[int]] | None = None,
+    first_group: int = 0,
+    version: int = 0,
+    **options: Any,
+) -> list[Rollout]:
+    """Plays `samples` episodes about each prompt.
+
+    Args:
+      policy, variables, tokenizer: the model.
+      prompts: what episodes begin with.
+      make: gives a fresh environment.
+      key: seeds sampling and environments.
+      samples: episodes of a prompt.
+      turns: of the policy, at the most.
+      max_new_tokens: of a whole episode behind its prompt, the environment's included.
+      max_turn_tokens: of a turn.
+      ends: the id or ids that end a turn.
+      temperature: divides the logits.
+      encode: what an environment says, as ids; the tokenizer's if None. A chat template's turns go here.
+      first_group, version, options: as in `roll_out`.
+
+    Returns:
+      Rollouts whose record holds "turn_rewards" besides, [(end of the turn, reward)], for `turn_rewards`; `finish` is
+      "done", "turns", "length" or "failed" (an environment raised; see "environment_failure" in the record).
+    """
+    if turns < 1 or max_turn_tokens < 1:
+        raise UserError(f"turns is {turns} and max_turn_tokens {max_turn_tokens}; give at least 1 of each.")
+    encoded = tokenizer.encode if encode is None else encode
+    stops = {ends} if isinstance(ends, int) else set(ends)
+    random = np.random.default_rng(np.ravel(jax.random.key_data(key)).tolist())
+    seeds = random.integers(2**31, size=len(prompts) * samples)
+    episodes = [
+        _Episode(prompt, first_group + n, make()) for n, prompt in enumerate(prompts) for _ in range(samples)
+    ]
+    for episode, seed in zip(episodes, seeds):
+        try:
+            said = episode.environment.reset(episode.prompt.record, int(seed))
+        except Exception as error:
+            episode.fail(error)
+            continue
+        episode.hear([int(token) for token in encoded(said)] if said else [])
+    for turn in range(turns):
+        for episode in episodes:
+            if not episode.finish and len(episode.ids) >= max_new_tokens:
+                episode.finish = "length"
+        if all(episode.finish for episode in episodes):
+            break
+        # Episodes that are over stay as rows of one token, so that nothing is compiled anew for those that go on.
+        room = [1 if e.finish else min(max_turn_tokens, max_new_tokens - len(e.ids)) for e in episodes]
+        asked = [e.prompt.ids[:1] if e.finish else np.concatenate([e.prompt.ids, e.ids]).astype(int) for e in episodes]
+        found = jax.device_get(
+            generate(
+                policy, variables, asked, jax.random.fold_in(key, turn), max_new_tokens=room, room=max_turn_tokens,
+                temperature=temperature, eos=sorted(stops), **options,
+            )
+        )  # fmt: skip
+        for n, episode in enumerate(episodes):
+            if not episode.finish:
+                _take_turn(episode, found, n, stops, tokenizer, encoded, max_new_tokens)
+    return [_rollout(episode, version) for episode in episodes]
+
+
+def _take_turn(
+    episode: _Episode, found: Any, n: int, stops: set[int], tokenizer: Tokenizer, encoded: Any, limit: int
+) -> None:
+    length = int(found.lengths[n])
+    tokens = found.tokens[n, :length].tolist()
+    episode.ids += tokens
+    episode.own += [True] * length
+    episode.logprobs += found.logprobs[n, :length].tolist()
+    episode.sampling += found.sampling_logprobs[n, :length].tolist()
+    text = tokenizer.decode(tokens[:-1] if tokens[-1] in stops else tokens)
+    episode.texts.append(text)
+    end = len(episode.ids) - 1
+    try:
+        said, reward, done = episode.environment.step(text)
+    except Exception as error:
+        episode.fail(error)
+        return
+    episode.rewards.append((end, float(reward)))
+    if done:
+        episode.finish = "done"
+        return
+    heard = [int(token) for token in encoded(said)] if said else []
+    if len(episode.ids) + len(heard) > limit:
+        episode.finish = "length"
+        return
+    episode.hear(heard)
+
+
+def _rollout(episode: _Episode, version: int) -> Rollout:
+    # What the environment said last is of no use to a policy that says nothing more.
+    last = max((i for i, own in enumerate(episode.own) if own), default=-1) + 1
+    record = dict(episode.prompt.record) | {TURNS: episode.rewards}
+    if episode.failure:
+        record[FAILURE] = episode.failure
+    return Rollout(
+        prompt=np.asarray(episode.prompt.ids, np.int32),
+        tokens=np.array(episode.ids[:last], np.int32),
+        group=episode.group,
+        logprobs=np.array(episode.logprobs[:last], np.float32),
+        sampling_logprobs=np.array(episode.sampling[:last], np.float32),
+        finish=episode.finish or "turns",
+        own=np.array(episode.own[:last], bool),
+        prompt_text=episode.prompt.text,
+        text="\n".join(episode.texts),
+        record=record,
+        version=version,
+        number=episode.prompt.number,
+    )
+
+
+def turn_rewards(rollout: Rollout) -> list[tuple[int, float]]:
+    """The rewards of an episode's turns, for a `Reward`; raises what its environment raised."""
+    if FAILURE in rollout.record:
+        raise RuntimeError(str(rollout.record[FAILURE]))
+    return [(int(end), float(reward)) for end, reward in rollout.record[TURNS]]
+
+
+class GuessNumber:
+    """A number from 1 to `record["most"]` is to be guessed; answers are "higher" and "lower".
+
+    Bisection needs log2 of it turns at the most. The reward is 1 for the right guess and 0 for others.
+
+    >>> game = GuessNumber()
+    >>> _ = game.reset({"most": 1}, seed=0)
+    >>> game.step("1"), game.step("what?")
+    (('right', 1.0, True), ('?', 0.0, False))
+    """
+
+    def reset(self, record: Mapping[str, Any], seed: int) -> str:
+        self.number = int(np.random.default_rng(seed).integers(1, int(record["most"]) + 1))
+        return ""
+
+    def step(self, text: str) -> tuple[str, float, bool]:
+        if not text.strip().isascii() or not text.strip().isdigit():
+            return "?", 0.0, False
+        guess = int(text)
+        if guess == self.number:
+            return "right", 1.0, True
+        return ("higher" if guess < self.number else "lower"), 0.0, False
+
+
+class Calculator:
+    """A tool: what stands between "<<" and ">>" is worked out; anything else is the answer, and ends the episode.
+
+    The answer is right (1) if it is the number in `record["answer"]`.
+
+    >>> tool = Calculator()
+    >>> _ = tool.reset({"answer": 6}, seed=0)
+    >>> tool.step("<<2*3>>"), tool.step("6")
+    (('6', 0.0, False), ('', 1.0, True))
+    """
+
+    def reset(self, record: Mapping[str, Any], seed: int) -> str:
+        self.answer = record["answer"]
+        return ""
+
+    def step(self, text: str) -> tuple[str, float, bool]:
+        from lmjax.rl.arithmetic import evaluate
+        from lmjax.rl.verifiers import read_number
+
+        if "<<" in text and ">>" in text:
+            value = evaluate(text.partition("<<")[2].partition(">>")[0])
+            return ("error" if value is None else str(value)), 0.0, False
+        return "", float(read_number(text) == read_number(self.answer)), True

@@ -1,0 +1,121 @@
+"""Rewards and returns of single tokens: where scores are placed, KL as a cost, reward-to-go, GAE, whitening.
+
+Arrays are float64 [N, L], one row a rollout, with a mask of the tokens that the policy said. What an environment said
+is passed through: it takes no action, so nothing is discounted for it, and it is given 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from lmjax.errors import UserError
+
+Position = Literal["last", "after_eos"]
+Estimator = Literal["k1", "abs", "k2", "k3"]
+
+
+def padded(rows: Sequence[Any], length: int | None = None, fill: float = 0.0) -> np.ndarray:
+    """Rows of different lengths as one array.
+
+    >>> padded([[1, 2], [3]]).tolist()
+    [[1.0, 2.0], [3.0, 0.0]]
+    """
+    longest = max((len(row) for row in rows), default=0) if length is None else length
+    found = np.full((len(rows), longest), fill, np.float64)
+    for i, row in enumerate(rows):
+        found[i, : len(row)] = row
+    return found
+
+
+def place_scores(scores: Any, lengths: Any, width: int, position: Position = "last") -> np.ndarray:
+    """Each rollout's score at its last token; or one behind it where there is room (the N+ implementation of PPO).
+
+    >>> place_scores([5.0, 7.0], [2, 3], 3, "after_eos").tolist()
+    [[0.0, 0.0, 5.0], [0.0, 0.0, 7.0]]
+    """
+    if position not in ("last", "after_eos"):
+        raise UserError(f"scores are not placed at {position!r}; there are last and after_eos.")
+    found = np.zeros((len(lengths), width))
+    at = np.asarray(lengths) - 1
+    if position == "after_eos":
+        at = np.minimum(at + 1, width - 1)
+    found[np.arange(len(at)), at] = scores
+    return found
+
+
+def kl_costs(logprobs: Any, reference: Any, estimator: Estimator = "k1", held: float | None = None) -> np.ndarray:
+    """An estimate of KL(policy || reference) a token; see `losses.kl_estimate`. `held` bounds the log-ratio."""
+    difference = np.asarray(logprobs, np.float64) - np.asarray(reference, np.float64)
+    if held is not None:
+        difference = np.clip(difference, -held, held)
+    if estimator == "k1":
+        return difference
+    if estimator == "abs":
+        return np.abs(difference)
+    if estimator == "k2":
+        return np.square(difference) / 2
+    if estimator == "k3":
+        return np.expm1(-difference) + difference
+    raise UserError(f"no KL estimator is called {estimator!r}; there are k1, abs, k2 and k3.")
+
+
+def rewards_to_go(rewards: Any, mask: Any, gamma: float = 1.0) -> np.ndarray:
+    """The discounted sum of the rewards from each token on.
+
+    >>> rewards_to_go([[0.0, 0.0, 1.0]], [[1, 0, 1]], 0.5).tolist()
+    [[0.5, 0.0, 1.0]]
+    """
+    rewards, mask = np.asarray(rewards, np.float64), np.asarray(mask, np.float64)
+    found, running = np.zeros(rewards.shape), np.zeros(len(rewards))
+    for t in reversed(range(rewards.shape[1])):
+        here = rewards[:, t] + gamma * running
+        running = mask[:, t] * here + (1 - mask[:, t]) * running
+        found[:, t] = mask[:, t] * here
+    return found
+
+
+def gae(rewards: Any, values: Any, mask: Any, gamma: float = 1.0, lam: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """Generalised advantage estimation (Schulman et al., arXiv:1506.02438): advantages and returns.
+
+    Value and sum are carried over masked tokens, as verl does; the value behind the last token is 0.
+
+    Args:
+      rewards, values, mask: [N, L].
+      gamma: discount of a token.
+      lam: 1 for rewards-to-go less values, 0 for one step.
+    """
+    if not 0 <= gamma <= 1 or not 0 <= lam <= 1:
+        raise UserError(f"gamma is {gamma} and lambda {lam}; give numbers from 0 to 1.")
+    rewards, values, mask = (np.asarray(array, np.float64) for array in (rewards, values, mask))
+    found = np.zeros(rewards.shape)
+    following, running = np.zeros(len(rewards)), np.zeros(len(rewards))
+    for t in reversed(range(rewards.shape[1])):
+        here = rewards[:, t] + gamma * following - values[:, t] + gamma * lam * running
+        following = np.where(mask[:, t] > 0, values[:, t], following)
+        running = np.where(mask[:, t] > 0, here, running)
+        found[:, t] = running
+    return found * mask, (found + values) * mask
+
+
+def whiten(
+    values: Any, mask: Any, *, keep_mean: bool = False, ddof: int = 1, eps: float = 1e-8, least: float = 0.0
+) -> np.ndarray:
+    """Values less their mean, by the root of their variance plus eps, over what the mask keeps; 0 elsewhere.
+
+    Args:
+      values, mask: [N, L].
+      keep_mean: add the mean again, as PPO whitens rewards.
+      ddof: 1 for the unbiased variance (TRL, verl), 0 for the other (lm-human-preferences, OpenRLHF).
+      eps: added to the variance.
+      least: the variance is at least this (OpenRLHF: 1e-8, with eps 0).
+    """
+    values, mask = np.asarray(values, np.float64), np.asarray(mask, np.float64)
+    count = mask.sum()
+    if count <= ddof:
+        return np.zeros(values.shape)
+    mean = (values * mask).sum() / count
+    variance = max((np.square(values - mean) * mask).sum() / (count - ddof), least)
+    return ((values - mean) / np.sqrt(variance + eps) + (mean if keep_mean else 0.0)) * mask
