@@ -40,7 +40,8 @@ def _trl(kind: str) -> np.ndarray:
     code = source[begin:end].rpartition("\n")[0] + "\n"
     own = SimpleNamespace(
         multi_objective_aggregation="normalize_then_sum" if kind == "gdpo" else "sum_then_normalize",
-        reward_weights=torch.tensor([1.0, 0.5 if kind == "gdpo" else 0.0]), scale_rewards="batch" if "batch" in kind else "group",
+        reward_weights=torch.tensor([1.0, 0.5 if kind == "gdpo" else 0.0]),
+        scale_rewards="batch" if "batch" in kind else "group",
         reward_funcs=[None, None], normalize_advantages=False,
     )  # fmt: skip
     names: dict[str, Any] = {

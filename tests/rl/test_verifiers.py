@@ -21,7 +21,8 @@ from tests.rl.test_rewards import said
         ("42", 42), ("+42.", 42), ("-1,234.50", Fraction(-2469, 2)), ("$3", 3), ("7%", 7), (" 3/4 ", Fraction(3, 4)),
         (r"\frac{1}{2}", Fraction(1, 2)), (r"-\dfrac{1}{4}", Fraction(-1, 4)), (".5", Fraction(1, 2)), ("−3", -3),
         ("1_000", None), ("12,34", None), ("1e5", None), ("٣", None), ("", None), ("--5", None), ("1/0", None),
-        ("4 apples", None), ("nan", None), ("1" * 300, None), (3, 3), (0.1, Fraction(1, 10)), (None, None), (True, None),
+        ("4 apples", None), ("nan", None), ("1" * 300, None), (3, 3), (0.1, Fraction(1, 10)), (None, None),
+        (True, None),
     ],
 )  # fmt: skip
 def test_numbers(text, value):
@@ -83,8 +84,8 @@ def test_countdown_with_every_number_and_a_mark():
 @pytest.mark.parametrize(
     "text",
     [
-        "9**9**9", "1" * 1_000_000, "(" * 100_000 + "1" + ")" * 100_000, "1/0", "0**-1", "2**0.5", "x", "(1).real", "1 if 1 else 2",
-        "[1]", "1,2", "1==1", "'a'", "1_000", "٣+1", "", "   ", "1 << 70", "~1", "1j", "5 % 0", "2**64*2**64**64",
+        "9**9**9", "1" * 1_000_000, "(" * 100_000 + "1" + ")" * 100_000, "1/0", "0**-1", "2**0.5", "x", "(1).real",
+        "1 if 1 else 2", "[1]", "1,2", "1==1", "'a'", "1_000", "٣+1", "", "   ", "1 << 70", "~1", "1j", "5 % 0", "2**64*2**64**64",
         "__import__('os').system('ls')", "10**64**64",
     ],
 )  # fmt: skip
