@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import dataclasses
+import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -46,10 +48,13 @@ class Reward:
             raise UserError(f"the reward {self.name!r} has the weight {self.weight}; give a finite number.")
         if self.timeout is not None and self.timeout <= 0:
             raise UserError(f"the reward {self.name!r} has a timeout of {self.timeout} seconds; give more than 0.")
-        if self.timeout is not None and not self.apart and not inspect.iscoroutinefunction(self.function):
+        waits = _is_async(self.function)
+        if self.timeout is not None and not self.apart and not waits:
             raise UserError(f"the reward {self.name!r} cannot be ended within this process; set apart=True.")
-        if self.together and (self.apart or inspect.iscoroutinefunction(self.function)):
+        if self.together and (self.apart or waits):
             raise UserError(f"the reward {self.name!r} takes all rollouts together, so it runs here, and not async.")
+        if self.apart and waits:
+            raise UserError(f"the reward {self.name!r} is async, so it needs no process of its own; set apart=False.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +106,13 @@ class Scores:
 
 
 def join_scores(parts: Sequence[Scores]) -> Scores:
-    """The scores of several lots of rollouts, one lot after the other."""
+    """The scores of several lots of rollouts by the same rewards, one lot after the other.
+
+    Raises:
+      UserError: nothing to join, or lots that were scored by different rewards.
+    """
+    if len({(part.names, part.weights) for part in parts}) != 1:
+        raise UserError(f"{len(parts)} lots of scores are to be joined; give at least 1, all by the same rewards.")
     failures: dict[tuple[str, str], tuple[int, str]] = {}
     for part in parts:
         for key, (count, text) in part.failures.items():
@@ -152,17 +163,18 @@ class Judge:
         self.close()
 
     def close(self) -> None:
-        """Ends the thread and the processes."""
-        self._thread.shutdown(cancel_futures=True)
+        """Ends the thread and the processes. What runs in a process is cut off; what runs here is waited for."""
         if self._workers is not None:
             self._workers.close()
+        self._thread.shutdown(cancel_futures=True)
 
     def _score(self, rollouts: list[Rollout]) -> Scores:
         values = np.full((len(self.rewards), len(rollouts)), np.nan)
         steps: list[list[tuple[int, float]]] = [[] for _ in rollouts]
         failures: dict[tuple[str, str], tuple[int, str]] = {}
-        for k, reward in enumerate(self.rewards):
-            for i, result in enumerate(self._results(reward, rollouts)):
+        for k, (reward, results) in enumerate(zip(self.rewards, self._results(rollouts))):
+            for i, found in enumerate(results):
+                result = _checked(found, len(rollouts[i].tokens))
                 if isinstance(result, Failure):
                     count, first = failures.get((reward.name, result.kind), (0, result.text))
                     failures[reward.name, result.kind] = count + 1, first
@@ -174,36 +186,62 @@ class Judge:
         names, weights = zip(*((reward.name, reward.weight) for reward in self.rewards))
         return Scores(names, weights, values, tuple(tuple(sorted(own)) for own in steps), failures)
 
-    def _results(self, reward: Reward, rollouts: list[Rollout]) -> list[Any]:
-        """Of each rollout a number, steps, None or a failure."""
-        if reward.together:
-            found = _tried(reward.function, rollouts)
-            if isinstance(found, Failure):
-                return [found] * len(rollouts)
-            found = list(found)
-            if len(found) != len(rollouts):
-                text = f"it gave {len(found)} numbers for {len(rollouts)} rollouts"
-                return [Failure(RAISED, text)] * len(rollouts)
-        elif reward.apart:
-            assert self._workers is not None
-            found = self._workers.map(reward.name, rollouts, reward.timeout)
-        elif inspect.iscoroutinefunction(reward.function):
-            found = asyncio.run(_gathered(reward, rollouts))
-        else:
-            found = [_tried(reward.function, rollout) for rollout in rollouts]
-        return [_checked(result, len(rollout.tokens)) for result, rollout in zip(found, rollouts)]
+    def _results(self, rollouts: list[Rollout]) -> list[list[Any]]:
+        """What each reward gave for each rollout, or a failure. Processes work while the others run here."""
+        found: list[list[Any]] = []
+        for reward in self.rewards:
+            if reward.apart:
+                assert self._workers is not None
+                found.append(self._workers.submit(reward.name, rollouts, reward.timeout))
+            else:
+                found.append([])
+        for reward, results in zip(self.rewards, found):
+            if reward.together:
+                results += _together(reward.function, rollouts)
+            elif not reward.apart:
+                results += [_tried(reward.function, rollout) for rollout in rollouts]
+        # Async functions have only given a promise so far; all of them are waited for at once.
+        waiting = [
+            (results, i, reward)
+            for reward, results in zip(self.rewards, found)
+            for i, result in enumerate(results)
+            if inspect.isawaitable(result)
+        ]
+        if waiting:
+            promises = [(results[i], reward.timeout) for results, i, reward in waiting]
+            for (results, i, _), result in zip(waiting, asyncio.run(_gathered(promises))):
+                results[i] = result
+        return [
+            [one.result() if reward.apart else one for one in results] for reward, results in zip(self.rewards, found)
+        ]
 
 
-async def _gathered(reward: Reward, rollouts: list[Rollout]) -> list[Any]:
-    async def one(rollout: Rollout) -> Any:
-        try:
-            return await asyncio.wait_for(reward.function(rollout), reward.timeout)
-        except TimeoutError:
-            return Failure(TIMED_OUT, f"after {reward.timeout} seconds")
-        except Exception as error:
-            return Failure(RAISED, f"{type(error).__name__}: {error}")
+async def _gathered(promises: list[tuple[Awaitable[Any], float | None]]) -> list[Any]:
+    async def one(promise: Awaitable[Any], timeout: float | None) -> Any:
+        task = asyncio.ensure_future(promise)
+        done, _ = await asyncio.wait([task], timeout=timeout)
+        if not done:
+            task.cancel()
+            return Failure(TIMED_OUT, f"after {timeout} seconds")
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        return task.result() if error is None else Failure(RAISED, f"{type(error).__name__}: {error}")
 
-    return list(await asyncio.gather(*(one(rollout) for rollout in rollouts)))
+    return list(await asyncio.gather(*(one(*promise) for promise in promises)))
+
+
+def _is_async(function: Any) -> bool:
+    """Whether it is, or wraps as `of_text` does, an async function."""
+    if isinstance(function, functools.partial):
+        return any(_is_async(part) for part in (function.func, *function.args))
+    call = getattr(function, "__call__", None)  # noqa: B004 - an object's own is asked for
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
+
+
+def _together(function: Callable[..., Any], rollouts: list[Rollout]) -> list[Any]:
+    found = _tried(lambda given: list(function(given)), rollouts)
+    if not isinstance(found, Failure) and len(found) != len(rollouts):
+        found = Failure(RAISED, f"it gave {len(found)} numbers for {len(rollouts)} rollouts")
+    return [found] * len(rollouts) if isinstance(found, Failure) else found
 
 
 def _tried(function: Callable[..., Any], argument: Any) -> Any:
@@ -220,8 +258,8 @@ def _checked(result: Any, length: int) -> Any:
     try:
         if np.ndim(result) == 0:
             return float(result) if math.isfinite(result) else Failure(NOT_A_NUMBER, str(result))
-        steps = [(int(end), float(number)) for end, number in result]
-    except (TypeError, ValueError):
+        steps = [(operator.index(end), float(number)) for end, number in result]
+    except (TypeError, ValueError, OverflowError):
         return Failure(NOT_A_NUMBER, f"{result!r}"[:200])
     if any(not math.isfinite(number) for _, number in steps):
         return Failure(NOT_A_NUMBER, f"{steps}"[:200])
@@ -235,7 +273,7 @@ def of_text(function: Callable[..., Any], *fields: str) -> Callable[[Rollout], A
 
     >>> right = of_text(lambda text, answer: float(text == answer), "answer")
     """
-    return lambda rollout: function(rollout.text, *(rollout.record[field] for field in fields))
+    return functools.partial(_of_text, function, fields)
 
 
 def of_reward_model(judge: Callable[[list[np.ndarray], list[np.ndarray]], Any]) -> Callable[[Sequence[Rollout]], Any]:
@@ -252,19 +290,13 @@ def without_end(
     """A reward less a penalty where a rollout has no end ("subtract": TRL), or -penalty in its place ("replace": N+).
 
     Args:
-      function: rollout -> number.
+      function: rollout -> number, or None where it does not apply; it may be async.
       penalty: not negative.
       how: "subtract" or "replace".
     """
     if penalty < 0 or how not in ("subtract", "replace"):
         raise UserError(f"the penalty is {penalty} and the rule {how!r}; give 0 or more, and subtract or replace.")
-
-    def reward(rollout: Rollout) -> Any:
-        if rollout.ended:
-            return function(rollout)
-        return -penalty if how == "replace" else function(rollout) - penalty
-
-    return reward
+    return functools.partial(_without_end, function, penalty, how)
 
 
 def overlong(limit: int, buffer: int, factor: float = 1.0) -> Callable[[Rollout], float]:
@@ -277,8 +309,32 @@ def overlong(limit: int, buffer: int, factor: float = 1.0) -> Callable[[Rollout]
     if not 0 < buffer <= limit:
         raise UserError(f"the buffer is {buffer} and the limit {limit}; give a buffer from 1 up to the limit.")
 
-    def reward(rollout: Rollout) -> float:
-        beyond = int(rollout.own.sum()) - (limit - buffer)
-        return -factor * min(max(beyond / buffer, 0.0), 1.0)
+    return functools.partial(_overlong, limit, buffer, factor)
 
-    return reward
+
+# Below are functions of modules, so that processes can be sent what the makers above give.
+
+
+def _of_text(function: Callable[..., Any], fields: tuple[str, ...], rollout: Rollout) -> Any:
+    return function(rollout.text, *(rollout.record[field] for field in fields))
+
+
+def _without_end(function: Callable[[Rollout], Any], penalty: float, how: MissingEnd, rollout: Rollout) -> Any:
+    if rollout.ended:
+        return function(rollout)
+    if how == "replace":
+        return -penalty
+    found = function(rollout)
+    if inspect.isawaitable(found):
+        return _less(found, penalty)
+    return None if found is None else found - penalty
+
+
+async def _less(promise: Awaitable[Any], penalty: float) -> Any:
+    found = await promise
+    return None if found is None else found - penalty
+
+
+def _overlong(limit: int, buffer: int, factor: float, rollout: Rollout) -> float:
+    beyond = int(rollout.own.sum()) - (limit - buffer)
+    return -factor * min(max(beyond / buffer, 0.0), 1.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -147,9 +148,115 @@ def test_rules_for_ends():
         (lambda: rl.Reward("a", hangs, apart=True, together=True), "runs here"),
         (lambda: rl.overlong(4, 5), "buffer"),
         (lambda: rl.without_end(hangs, -1.0), "penalty"),
+        (lambda: rl.Reward("a", asynchronous, apart=True), "no process of its own"),
+        (lambda: rl.join_scores([]), "joined"),
         (lambda: rewards.Workers({}, 0), "at least 1"),
     ],
 )
 def test_rewards_that_cannot_be(build, sentence):
     with pytest.raises(UserError, match=sentence):
         build()
+
+
+def test_what_makers_give_can_be_sent_to_a_process():
+    length = rl.of_text(len)
+    made = {
+        "text": length,
+        "subtract": rl.without_end(length, 1.0),
+        "replace": rl.without_end(length, 1.0, "replace"),
+        "long": rl.overlong(4, 4),
+    }
+    rollouts = [said("ab", tokens=2), said("abc", tokens=3, finish="length")]
+    with rl.Judge([rl.Reward(name, function, apart=True) for name, function in made.items()]) as judge:
+        scores = judge(rollouts)()
+    assert scores.values.tolist() == [[2.0, 3.0], [2.0, 2.0], [2.0, -1.0], [-0.5, -0.75]]
+    assert not scores.failures
+
+
+async def length_later(text: str) -> float | None:
+    await asyncio.sleep(0.01)
+    return float(len(text)) if text else None
+
+
+def test_makers_take_async_functions():
+    cut = said("abc", finish="length")
+    late = rl.of_text(length_later)
+    scores = judged(
+        [rl.Reward("late", late, timeout=5.0), rl.Reward("end", rl.without_end(late, 1.0))],
+        [said("ab"), cut, said("", finish="length")],
+    )
+    assert np.array_equal(scores.values, [[2.0, 3.0, np.nan], [2.0, 2.0, np.nan]], equal_nan=True)
+    assert not scores.failures
+
+
+def test_async_rewards_wait_for_each_other():
+    """Two rewards that meet: neither ends unless both run at once, with the rollouts of each."""
+    met: list[int] = []
+
+    async def meets(rollout: rl.Rollout) -> float:
+        met.append(1)
+        while len(met) < 6:
+            await asyncio.sleep(0.001)
+        return 1.0
+
+    rewards_ = [rl.Reward("one", meets, timeout=10.0), rl.Reward("other", meets, timeout=10.0)]
+    assert judged(rewards_, [said(), said(), said()]).total.tolist() == [2.0, 2.0, 2.0]
+
+
+def sleeps(rollout: rl.Rollout) -> float:
+    Path(rollout.text).touch()
+    time.sleep(600)
+    return 1.0
+
+
+def test_closing_ends_what_hangs_in_a_process(tmp_path):
+    judge = rl.Judge([rl.Reward("hangs", sleeps, apart=True)], workers=1)
+    begun = tmp_path / "begun"
+    judge([said(str(begun)), said(str(begun))])
+    deadline = time.monotonic() + 60
+    while not begun.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    began = time.monotonic()
+    judge.close()
+    assert begun.exists() and time.monotonic() - began < 30 and not judge._workers._alive
+
+
+class Unloadable:
+    """A function that no other process can make."""
+
+    def __reduce__(self) -> Any:
+        return _refuse, ()
+
+
+def _refuse() -> Any:
+    raise ImportError("no such module there")
+
+
+def test_what_cannot_be_sent_is_a_failure_in_words():
+    with rl.Judge([rl.Reward("apart", hangs, apart=True)], workers=1) as judge:
+        scores = judge([said("x", open=lambda: 1), said("fine")])()
+    assert "cannot be sent" in scores.failures["apart", "raised"][1] and np.isfinite(scores.values[0, 1])
+    with rl.Judge([rl.Reward("apart", Unloadable(), apart=True)], workers=1) as judge:
+        failures = judge([said(), said()])().failures
+    assert failures["apart", "raised"] == (
+        2, "no process could be started for it: ImportError: no such module there"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("result", "kind"),
+    [
+        (10**400, "not a number"), (1j, "not a number"), (float("-inf"), "not a number"), ({"a": 1}, "not a number"),
+        ([(0.5, 1.0)], "not a number"), ([1.0, 2.0], "not a number"), (np.float32(0.5), None), (np.array(1), None),
+        ((), None),
+    ],
+)  # fmt: skip
+def test_odd_results(result, kind):
+    scores = judged([rl.Reward("odd", lambda rollout: result)], [said()])
+    assert [name for _, name in scores.failures] == ([] if kind is None else [kind])
+    assert np.isnan(scores.total[0]) == (kind is not None)
+
+
+def test_a_reward_of_all_together_that_gives_no_list():
+    scores = judged([rl.Reward("none", lambda rollouts: None, together=True)], [said(), said()])
+    assert scores.failures["none", "raised"][0] == 2
