@@ -11,10 +11,10 @@ __getattr__, __dir__, __all__ = attach(
     names={
         "advantages": ["ESTIMATORS", "Estimator", "best_advantages", "decoupled_advantages", "process_advantages"],
         "controllers": ["AdaptiveEntropy", "AdaptiveKL", "RunningMean"],
-        "credit": ["KLReward", "critic_credit", "outcome_credit", "process_credit", "reading"],
+        "credit": ["KLReward", "critic_credit", "outcome_credit", "process_credit"],
         "diagnostics": ["diagnose"],
         "environments": ["Environment", "play", "turn_rewards"],
-        "experience": ["Credit", "Experience", "following"],
+        "experience": ["Credit", "Experience", "Reading", "following"],
         "layout": ["Layout", "lay_out", "rollout_batch", "take_rows"],
         "plan": ["Plan"],
         "prompts": ["Prompts"],

@@ -37,7 +37,7 @@ def evaluate(text: str, powers: bool = True) -> Fraction | None:
     found = _parsed(text)
     try:
         return None if found is None else _value(found, powers, 0)
-    except (_NotArithmetic, ZeroDivisionError):
+    except (_NotArithmetic, ZeroDivisionError, RecursionError):
         return None
 
 

@@ -6,19 +6,16 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
-from lmjax.batch import RolloutBatch
-from lmjax.models.decoder import Variables
-from lmjax.policy import Outputs, Policy, Request
 from lmjax.rl import returns
 from lmjax.rl.advantages import Estimator, advantages, decoupled_advantages, process_advantages
 from lmjax.rl.controllers import AdaptiveEntropy, AdaptiveKL, RunningMean
-from lmjax.rl.experience import Credit, Function, Read
+from lmjax.rl.experience import Credit, Read, Reading
 from lmjax.rl.rewards import Scores
 from lmjax.rl.rollouts import Rollout
 
+OWN_VALUES = Reading("values")
 GiveCredit = Callable[[list[Rollout], Scores, Read], Credit]
 
 
@@ -27,12 +24,12 @@ class KLReward:
     """A cost for going away from a reference, in the reward.
 
     Attributes:
-      reference: reads the reference's log-probabilities; from `reading`.
+      reference: how the reference's log-probabilities are read.
       coefficient: a number, or a controller that follows the KL.
       estimator: "k1", "abs", "k2" or "k3".
     """
 
-    reference: Function
+    reference: Reading
     coefficient: float | AdaptiveKL = 0.05
     estimator: returns.Estimator = "k1"
 
@@ -40,27 +37,6 @@ class KLReward:
     def now(self) -> float:
         """The coefficient as it is."""
         return self.coefficient.coefficient if isinstance(self.coefficient, AdaptiveKL) else self.coefficient
-
-
-def reading(
-    what: str, variables: Callable[[Variables], Variables] | Variables | None = None, policy: Policy | None = None
-) -> Function:
-    """A function for `Experience` to read something of every token: "logprobs" or "values", [B, T].
-
-    Args:
-      what: a field of `Outputs`.
-      variables: another model's, or a function that selects them among the policy's; None: the policy's own.
-      policy: that other model; None: the same.
-    """
-
-    def function(own: Policy, held: Variables, batch: RolloutBatch) -> jax.Array:
-        found = held if variables is None else variables(held) if callable(variables) else variables
-        outputs: Outputs = (policy or own)(found, batch)
-        wanted = frozenset({what}) if what == "logprobs" else frozenset()
-        result: jax.Array = getattr(outputs.expecting(Request(wanted), {}), what)
-        return result
-
-    return function
 
 
 def outcome_credit(
@@ -137,7 +113,7 @@ def process_credit(*, eps: float = 1e-6, learn_truncated: bool = True) -> GiveCr
 
 
 def critic_credit(
-    values: Function,
+    values: Reading = OWN_VALUES,
     *,
     gamma: float = 1.0,
     lam: float = 0.95,
@@ -151,7 +127,7 @@ def critic_credit(
     """Advantages of tokens by GAE from a critic's values, and returns for it to learn: PPO.
 
     Args:
-      values: reads the critic; from `reading("values", ...)`.
+      values: how the critic is read: a second head of the policy, or another model.
       gamma, lam: see `returns.gae`.
       kl: a cost of each token in the reward.
       position: where a rollout's score is placed: at its last token, or one behind ("after_eos": N+; rows need

@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from lmjax.batch import RolloutBatch
 from lmjax.models.decoder import Variables
-from lmjax.policy import Policy
+from lmjax.policy import Policy, Request
 from lmjax.rl.layout import Layout, lay_out, rollout_batch, rounded, take_rows
 from lmjax.rl.plan import Plan
 from lmjax.rl.prompts import Prompts
@@ -28,8 +28,23 @@ from lmjax.sharding.context import tracing_for
 from lmjax.sharding.mesh import shard_batch
 
 Metrics = dict[str, float]
-Function = Callable[[Policy, Variables, RolloutBatch], jax.Array]  # -> [B, T]
-Read = Callable[[Function], list[np.ndarray]]
+
+
+class Reading(NamedTuple):
+    """Something that is read of every token of rollouts.
+
+    Attributes:
+      what: "logprobs" of the tokens, or "values" before them.
+      variables: another model's variables, or a function that selects them among the policy's; None: the policy's own.
+      policy: that other model; None: the same.
+    """
+
+    what: Literal["logprobs", "values"]
+    variables: Any = None
+    policy: Policy | None = None
+
+
+Read = Callable[[Reading], list[np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +93,8 @@ class Experience(Iterator[RolloutBatch]):
       roll_out: (variables, prompts, key, first_group=, version=) -> rollouts, those of a prompt one after the other.
       judge: rollouts -> a function that waits for their scores and gives them. It should return at once.
       join: scores of some rollouts, and of others, ... -> those of all.
-      credit: (rollouts, scores, read) -> what they are worth. `read(function)` gives the numbers of
-        `function(policy, variables, batch) -> [B, T]` at each token of each rollout; give it functions of modules, for
-        each is compiled once.
+      credit: (rollouts, scores, read) -> what they are worth. `read(reading)` gives a number for each token of each
+        rollout, by the policy as it is.
       key: seeds the rollouts.
       teaches: (rollouts, scores) of one prompt -> whether they are worth learning from, for `Plan.redraws`.
       parts: what else has a state that belongs to a checkpoint: objects with `get_state` and `set_state`.
@@ -200,13 +214,16 @@ class Experience(Iterator[RolloutBatch]):
                   for _ in range(plan.epochs)]  # fmt: skip
         return [take_rows(batch, order[i : i + size]) for order in orders for i in range(0, plan.rows, size)]
 
-    def _read(self, layout: Layout, batch: RolloutBatch, function: Function) -> list[np.ndarray]:
+    def _read(self, layout: Layout, batch: RolloutBatch, reading: Reading) -> list[np.ndarray]:
         size = self._plan.rows // self._plan.minibatches
+        select = reading.variables if callable(reading.variables) else None
+        held = self._variables if reading.variables is None or select else reading.variables
+        policy = reading.policy or self._policy
         found = []
         for first in range(0, self._plan.rows, size):
             part = take_rows(batch, slice(first, first + size))
             part = part if self._mesh is None else shard_batch(part, self._mesh)
-            found.append(np.asarray(_evaluated(self._policy, function, self._mesh, self._variables, part)))
+            found.append(np.asarray(_evaluated(policy, reading.what, select, self._mesh, held, part)))
         return layout.pick(np.concatenate(found), extra=int(self._plan.last_token))
 
     def _about(self, rollouts: list[Rollout]) -> Metrics:
@@ -270,9 +287,12 @@ def following(step: Callable[[Any, Any], tuple[Any, Any]], experience: Experienc
     return run
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _evaluated(
-    policy: Policy, function: Function, mesh: Mesh | None, variables: Variables, batch: RolloutBatch
+    policy: Policy, what: str, select: Any, mesh: Mesh | None, variables: Variables, batch: RolloutBatch
 ) -> jax.Array:
     with tracing_for(mesh):
-        return function(policy, variables, batch)
+        outputs = policy(variables if select is None else select(variables), batch)
+        wanted = frozenset({what}) if what == "logprobs" else frozenset()
+        found: jax.Array = getattr(outputs.expecting(Request(wanted), {}), what)
+        return found

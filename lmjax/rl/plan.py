@@ -15,7 +15,7 @@ class Plan:
       prompts: of an iteration.
       samples: rollouts of each prompt.
       max_new_tokens: of a rollout.
-      max_prompt: tokens of the longest prompt; rows are made for it.
+      max_prompt: tokens of the longest prompt, for which rows are made.
       temperature: of the policy, in rollouts and in terms alike.
       epochs: how often each rollout is learned from.
       minibatches: of an epoch; each is a step.
@@ -40,10 +40,10 @@ class Plan:
     last_token: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "samples", "max_new_tokens", "max_prompt", "epochs", "minibatches", "chunks"):
+        for name in ("prompts", "samples", "max_new_tokens", "epochs", "minibatches", "chunks"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; give at least 1.")
-        for name in ("stale", "per_row", "redraws"):
+        for name in ("stale", "per_row", "redraws", "max_prompt"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must not be negative.")
         if self.temperature <= 0:

@@ -312,6 +312,20 @@ def overlong(limit: int, buffer: int, factor: float = 1.0) -> Callable[[Rollout]
     return functools.partial(_overlong, limit, buffer, factor)
 
 
+def repetition(length: int = 3, penalty: float = 1.0) -> Callable[[Rollout], float]:
+    """A penalty for saying the same again: the share of n-grams of tokens that are repeats (arXiv:2502.03373, C.2).
+
+    `-penalty (1 - different / all)`; 0 for a rollout that is shorter than one n-gram.
+
+    Args:
+      length: n, of the n-grams.
+      penalty: what a rollout that only repeats itself comes close to.
+    """
+    if length < 1 or penalty < 0:
+        raise UserError(f"the length is {length} and the penalty {penalty}; give at least 1, and 0 or more.")
+    return functools.partial(_repetition, length, penalty)
+
+
 # Below are functions of modules, so that processes can be sent what the makers above give.
 
 
@@ -338,3 +352,9 @@ async def _less(promise: Awaitable[Any], penalty: float) -> Any:
 def _overlong(limit: int, buffer: int, factor: float, rollout: Rollout) -> float:
     beyond = int(rollout.own.sum()) - (limit - buffer)
     return -factor * min(max(beyond / buffer, 0.0), 1.0)
+
+
+def _repetition(length: int, penalty: float, rollout: Rollout) -> float:
+    ids = rollout.tokens.tolist()
+    grams = [tuple(ids[i : i + length]) for i in range(len(ids) - length + 1)]
+    return -penalty * (1 - len(set(grams)) / len(grams)) if grams else 0.0

@@ -34,8 +34,8 @@ def arrays() -> dict[str, Any]:
 
 CASES = (
     "trl_grpo", "trl_grpo_batch", "trl_rloo", "trl_gdpo", "verl_grpo", "verl_dr_grpo", "verl_rloo", "verl_opo",
-    "verl_remax", "verl_gpg", "verl_grpo_passk", "verl_reinforce_plus_plus", "verl_reinforce_plus_plus_baseline", "verl_gae",
-    "verl_gae_tools", "verl_gdpo",
+    "verl_remax", "verl_gpg", "verl_grpo_passk", "verl_reinforce_plus_plus", "verl_reinforce_plus_plus_baseline",
+    "verl_gae", "verl_gae_tools", "verl_gdpo",
 )  # fmt: skip
 
 

@@ -39,14 +39,10 @@ def judge(rollouts: list[rl.Rollout]) -> Any:
     return lambda: np.array([np.mean(rollout.tokens == rollout.record["wanted"]) for rollout in rollouts])
 
 
-def values(policy: Any, variables: Any, batch: Any) -> Any:
-    return policy(variables, batch).logprobs
-
-
 def credit(rollouts: list[rl.Rollout], scores: np.ndarray, read: Any) -> rl.Credit:
     each = scores.reshape(-1, 4)
     advantages = (each - each.mean(1, keepdims=True)) / (each.std(1, keepdims=True) + 1e-4)
-    fields = {"values": read(values)}
+    fields = {"values": read(rl.Reading("logprobs"))}
     return rl.Credit(list(advantages.ravel()), fields=fields, metrics={"reward": float(scores.mean())})
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import pickle
 from fractions import Fraction
 from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 
+from lmjax import rl
 from lmjax.errors import UserError
 from lmjax.rl import verifiers as V
 from lmjax.rl.arithmetic import evaluate, numbers_used
+from lmjax.tokenizers import ByteTokenizer
 from tests.rl.test_rewards import said
 
 
@@ -20,7 +25,7 @@ from tests.rl.test_rewards import said
     [
         ("42", 42), ("+42.", 42), ("-1,234.50", Fraction(-2469, 2)), ("$3", 3), ("7%", 7), (" 3/4 ", Fraction(3, 4)),
         (r"\frac{1}{2}", Fraction(1, 2)), (r"-\dfrac{1}{4}", Fraction(-1, 4)), (".5", Fraction(1, 2)), ("−3", -3),
-        ("1_000", None), ("12,34", None), ("1e5", None), ("٣", None), ("", None), ("--5", None), ("1/0", None),
+        ("-$5", -5), ("1{,}200", 1200), ("**7**", 7), ("1_000", None), ("12,34", None), ("1e5", None), ("٣", None), ("", None), ("--5", None), ("1/0", None),
         ("4 apples", None), ("nan", None), ("1" * 300, None), (3, 3), (0.1, Fraction(1, 10)), (None, None),
         (True, None),
     ],
@@ -32,7 +37,8 @@ def test_numbers(text, value):
 def test_the_last_number():
     assert V.last_number("3 + 4 = 7.") == 7
     assert V.last_number("costs $1,000, or 2.50") == Fraction(5, 2)
-    assert V.last_number("no") is None
+    assert V.last_number("no") is None and V.last_number("...") is None
+    assert V.last_number("it is...5") == 5 and V.last_number("1,2345") == 2345
     assert V.last_number("5-3") in (-3, 3)
     assert V.last_number("9" * 100_000) is None  # no digits are read for ever
 
@@ -50,12 +56,55 @@ def test_exact_numbers(options, text, right):
     assert V.exact_number(**options)(said(text, answer="12")) == right
 
 
+# Texts whose right answer is 1200: what verl's strict and flexible checks give, and lmjax too.
+HARNESS = {
+    "5 * 240\n#### 1200": (1.0, 1.0), "#### 1,200 dollars": (1.0, 0.0), "#### 1,200": (1.0, 0.0), "it is 1200": (0.0, 1.0),
+    "#### -1200": (0.0, 0.0), "1200 or 12": (0.0, 0.0), "": (0.0, 0.0), "#### ": (0.0, 0.0), "####1200": (0.0, 1.0),
+    "#### 12\n#### 1200": (1.0, 1.0), "#### 1200\n#### 12": (0.0, 0.0), "so . 1200 .": (0.0, 1.0),
+}  # fmt: skip
+# Where lmjax reads numbers that verl compares as texts, or asks for less white space.
+READ_AS_NUMBERS = {("#### 1,200 dollars", 1), ("#### 1,200", 1), ("####1200", 0)}
+
+
+@pytest.mark.parametrize("text", HARNESS)
+def test_gsm8k_as_in_the_harness(text):
+    for kind, flexible in enumerate((False, True)):
+        found = V.gsm8k(flexible=flexible)(said(text, answer="...\n#### 1200"))
+        assert found == (1.0 if (text, kind) in READ_AS_NUMBERS else HARNESS[text][kind])
+
+
+@pytest.mark.reference
+def test_the_harness():
+    harness = pytest.importorskip("verl.utils.reward_score.gsm8k", reason="verl is not installed")
+    for text, expected in HARNESS.items():
+        found = tuple(float(harness.compute_score(text, "1200", method)) for method in ("strict", "flexible"))
+        assert found == expected, text
+
+
+@pytest.mark.reference
+def test_penalties_beside_trl():
+    trl = pytest.importorskip("trl.rewards", reason="TRL is not installed")
+    lengths = range(1, 16)
+    expected = trl.get_soft_overlong_punishment(10, 4)([[1] * n for n in lengths])
+    assert [rl.overlong(10, 4)(said(tokens=n)) for n in lengths] == pytest.approx(expected)
+    texts = ["<think>a</think> b", "b", "<think>a", "<think>a</think>", "<think>a<think>b</think>c", " <think></think>"]
+    theirs = trl.think_format_reward([[{"content": text}] for text in texts])
+    format_ = V.matches(r"<think>(?!.*<think>).*?</think>.*")
+    assert [format_(said(text)) for text in texts] == theirs
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(0, 3, n) for n in range(12)]
+    said_ids = [dataclasses.replace(said(tokens=len(some)), tokens=some) for some in ids]
+    theirs = trl.get_repetition_penalty_reward(3, -2.0)([some.tolist() for some in ids])
+    assert [rl.rewards.repetition(3, 2.0)(rollout) for rollout in said_ids] == pytest.approx(theirs)
+
+
 def test_gsm8k():
     answer = "He has 5.\n#### 1,200"
     assert V.gsm8k()(said("...\n#### 1200", answer=answer)) == 1.0
     assert V.gsm8k()(said("it is 1200", answer=answer)) == 0.0
     assert V.gsm8k(flexible=True)(said("it is $1,200.", answer=answer)) == 1.0
-    assert V.gsm8k()(said("#### 1,200 dollars", answer=answer)) == 0.0
+    assert V.gsm8k()(said("#### 1,200 dollars", answer=answer)) == 1.0
+    assert V.gsm8k()(said("#### twelve 1200", answer=answer)) == 0.0
     with pytest.raises(ValueError, match="no number"):
         V.gsm8k()(said("1", answer="none"))
 
@@ -85,8 +134,8 @@ def test_countdown_with_every_number_and_a_mark():
     "text",
     [
         "9**9**9", "1" * 1_000_000, "(" * 100_000 + "1" + ")" * 100_000, "1/0", "0**-1", "2**0.5", "x", "(1).real",
-        "1 if 1 else 2", "[1]", "1,2", "1==1", "'a'", "1_000", "٣+1", "", "   ", "1 << 70", "~1", "1j", "5 % 0", "2**64*2**64**64",
-        "__import__('os').system('ls')", "10**64**64",
+        "1 if 1 else 2", "[1]", "1,2", "1==1", "'a'", "1_000", "٣+1", "", "   ", "1 << 70", "~1", "1j", "5 % 0",
+        "2**64*2**64**64", "__import__('os').system('ls')", "10**64**64",
     ],
 )  # fmt: skip
 def test_what_is_no_arithmetic(text):
@@ -141,9 +190,56 @@ def test_steps_end_at_separators():
         V.step_rewards(judge, 2, "answer")(said("a", tokens=5, answer="b"))
 
 
+def test_steps_end_where_a_text_does():
+    rollout = said(tokens=0)
+    ids = ByteTokenizer().encode("é\n\n\u00fcber\n\nend")
+    rollout = dataclasses.replace(rollout, tokens=np.array(ids), own=np.ones(len(ids), bool))
+    assert V.step_ends(rollout, "\n\n", ByteTokenizer()) == [3, 10, 13]
+    pairs = Pairs()  # a separator may end within a token, and two may end within one
+    assert V.text_ends([0, 1, 2, 3], ";", pairs) == [0, 2, 3]
+    assert V.text_ends([1, 1], ";", pairs) == []
+    with pytest.raises(UserError, match="tokenizer"):
+        V.step_rewards(lambda text: [1.0], "\n")
+
+
+class Pairs(ByteTokenizer):
+    """Tokens of two letters."""
+
+    def decode(self, ids: Any, *options: Any, **more: Any) -> str:
+        return "".join(["a;", "bc", ";;", "d;"][i] for i in ids)
+
+
+def test_verifiers_can_be_sent_to_processes():
+    made = [
+        V.exact_number(), V.gsm8k(), V.countdown(), V.expression_equals(), V.exact_match(), V.contains(),
+        V.matches("a"), V.tagged("a"), V.length_between(0, 1), V.ended(), V.step_rewards(len, 1), rl.rewards.repetition(),
+    ]  # fmt: skip
+    for function in made:
+        assert pickle.loads(pickle.dumps(function)).func is function.func
+
+
+def test_marks_that_are_tags_end_at_the_closing_tag():
+    check = V.countdown(mark="<answer>")
+    given = {"numbers": [2, 6], "target": 12}
+    assert check(said("<think>6/2</think><answer> 2*6 = 12 </answer>.", **given)) == 1.0
+    assert check(said("<answer>2*6", **given)) == 0.0
+    assert check(said("<answer>6</answer> <answer>(2 * 6)</answer>", **given)) == 1.0
+    assert V.exact_number(mark="<answer>")(said("<answer>12</answer> or 13", answer=12)) == 1.0
+    assert V.expression_equals(mark="=>")(said("it is => 2*3", answer="6")) == 1.0
+    with pytest.raises(ValueError, match="are none"):
+        check(said("6", numbers=["six"], target=1))
+
+
+def test_repetition():
+    repeats = rl.rewards.repetition(2)
+    ids = lambda *some: dataclasses.replace(said(tokens=len(some)), tokens=np.array(some))
+    assert [repeats(ids(1, 2, 3, 4)), repeats(ids(5, 5, 5, 5, 5)), repeats(ids(1))] == [0.0, -0.75, 0.0]
+
+
 @pytest.mark.parametrize(
     ("build", "sentence"),
     [
+        (lambda: rl.rewards.repetition(0), "at least 1"),
         (lambda: V.exact_number(where="first"), "'first'"),
         (lambda: V.matches("("), "no regular expression"),
         (lambda: V.tagged(), "no tags"),

@@ -1,0 +1,66 @@
+"""A language model that learns from rewards for its own answers, with a critic: PPO.
+
+    python -m experiments.ppo --model runs/mine --data.path prompts.jsonl --rewards "exact_number()"
+
+As `experiments.grpo`, but that a critic says what was to be expected of each token: a second head of the policy, or a
+model of its own (--critic model).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lmjax as lm
+from experiments import reinforcement
+from experiments.reinforcement_config import PpoConfig
+from lmjax import command_line, rl
+from lmjax.policy import add_value_head
+
+
+def run(config: PpoConfig, options: command_line.Options) -> int:
+    """See `reinforcement.run`."""
+    apart = config.critic == "model"
+    text = config.objective
+    if apart:  # the critic is a role of its own
+        text = text.replace("value_loss(", "value_loss(role='critic', ").replace(", )", ")")
+    objective = lm.objectives.parse_objective(text)
+    values = rl.Reading("values", _critic if apart else None)
+
+    def credit(config: PpoConfig, reference: rl.Reading) -> tuple[Any, dict[str, Any]]:
+        kl, parts = None, {}
+        if config.reward_kl:
+            coefficient: Any = config.reward_kl
+            if config.target_kl:
+                coefficient = parts["kl"] = rl.AdaptiveKL(config.reward_kl, config.target_kl)
+            kl = rl.KLReward(reference, coefficient)
+        given = rl.critic_credit(
+            values, gamma=config.gamma, lam=config.lam, kl=kl, position=config.position,
+            whiten_rewards=config.whiten_rewards, learn_truncated=config.learn_truncated,
+        )  # fmt: skip
+        return given, parts
+
+    def with_critic(variables: Any) -> Any:
+        import jax
+        import jax.numpy as jnp
+
+        if not apart:
+            return add_value_head(variables)
+        return variables | {"critic": jax.tree.map(jnp.copy, add_value_head(variables))}
+
+    method = reinforcement.Method(
+        objective,
+        credit,
+        roles=(("critic", lm.objectives.critic_role()),),
+        also_trained=("critic",) if apart else ("value",),
+        beside=with_critic,
+        last_token=config.position == "after_eos",
+    )
+    return reinforcement.run(config, options, method, "ppo")
+
+
+def _critic(variables: Any) -> Any:
+    return variables["critic"]
+
+
+if __name__ == "__main__":
+    command_line.main(run, PpoConfig(), plan=True)

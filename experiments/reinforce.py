@@ -1,0 +1,34 @@
+"""A language model that learns from rewards for its own answers: REINFORCE with any baseline.
+
+    python -m experiments.reinforce --model runs/mine --data.path prompts.jsonl --rewards "exact_number()"
+
+As `experiments.grpo`, but that what was said becomes likelier by its advantage alone, without a clip.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lmjax as lm
+from experiments import reinforcement
+from experiments.reinforcement_config import ReinforceConfig
+from lmjax import command_line, rl
+
+
+def run(config: ReinforceConfig, options: command_line.Options) -> int:
+    """See `reinforcement.run`."""
+    objective = lm.objectives.parse_objective(config.objective)
+
+    def credit(config: ReinforceConfig, reference: rl.Reading) -> tuple[Any, dict[str, Any]]:
+        running = rl.RunningMean() if config.baseline == "running" else None
+        estimator = rl.Estimator("given" if running else config.baseline, "none")  # type: ignore[arg-type]
+        given = rl.outcome_credit(
+            estimator, running=running, whitened=config.whitened, learn_truncated=config.learn_truncated
+        )
+        return given, {} if running is None else {"baseline": running}
+
+    return reinforcement.run(config, options, reinforcement.Method(objective, credit), "reinforce")
+
+
+if __name__ == "__main__":
+    command_line.main(run, ReinforceConfig(), plan=True)
