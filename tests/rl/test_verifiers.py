@@ -25,7 +25,8 @@ from tests.rl.test_rewards import said
     [
         ("42", 42), ("+42.", 42), ("-1,234.50", Fraction(-2469, 2)), ("$3", 3), ("7%", 7), (" 3/4 ", Fraction(3, 4)),
         (r"\frac{1}{2}", Fraction(1, 2)), (r"-\dfrac{1}{4}", Fraction(-1, 4)), (".5", Fraction(1, 2)), ("−3", -3),
-        ("-$5", -5), ("1{,}200", 1200), ("**7**", 7), ("1_000", None), ("12,34", None), ("1e5", None), ("٣", None), ("", None), ("--5", None), ("1/0", None),
+        ("-$5", -5), ("1{,}200", 1200), ("**7**", 7),
+        ("1_000", None), ("12,34", None), ("1e5", None), ("٣", None), ("", None), ("--5", None), ("1/0", None),
         ("4 apples", None), ("nan", None), ("1" * 300, None), (3, 3), (0.1, Fraction(1, 10)), (None, None),
         (True, None),
     ],
@@ -58,7 +59,8 @@ def test_exact_numbers(options, text, right):
 
 # Texts whose right answer is 1200: what verl's strict and flexible checks give, and lmjax too.
 HARNESS = {
-    "5 * 240\n#### 1200": (1.0, 1.0), "#### 1,200 dollars": (1.0, 0.0), "#### 1,200": (1.0, 0.0), "it is 1200": (0.0, 1.0),
+    "5 * 240\n#### 1200": (1.0, 1.0), "#### 1,200 dollars": (1.0, 0.0), "#### 1,200": (1.0, 0.0),
+    "it is 1200": (0.0, 1.0),
     "#### -1200": (0.0, 0.0), "1200 or 12": (0.0, 0.0), "": (0.0, 0.0), "#### ": (0.0, 0.0), "####1200": (0.0, 1.0),
     "#### 12\n#### 1200": (1.0, 1.0), "#### 1200\n#### 12": (0.0, 0.0), "so . 1200 .": (0.0, 1.0),
 }  # fmt: skip
@@ -212,10 +214,13 @@ class Pairs(ByteTokenizer):
 def test_verifiers_can_be_sent_to_processes():
     made = [
         V.exact_number(), V.gsm8k(), V.countdown(), V.expression_equals(), V.exact_match(), V.contains(),
-        V.matches("a"), V.tagged("a"), V.length_between(0, 1), V.ended(), V.step_rewards(len, 1), rl.rewards.repetition(),
+        V.matches("a"), V.tagged("a"), V.length_between(0, 1), V.ended(), V.step_rewards(len, 1),
+        rl.rewards.repetition(),
     ]  # fmt: skip
-    for function in made:
-        assert pickle.loads(pickle.dumps(function)).func is function.func
+    rollout = said("12", answer="12", numbers=[12], target=12)
+    for function in made[:-2]:
+        assert pickle.loads(pickle.dumps(function))(rollout) == function(rollout)
+    assert [pickle.loads(pickle.dumps(function)).args for function in made[-2:]] == [f.args for f in made[-2:]]
 
 
 def test_marks_that_are_tags_end_at_the_closing_tag():
