@@ -22,6 +22,6 @@ __getattr__, __dir__, __all__ = attach(
             "Judge", "Reward", "Scores", "join_scores", "of_reward_model", "of_text", "overlong", "without_end",
         ],
         "rollouts": ["Rollout", "roll_out"],
-        "selection": ["Curriculum", "scores_differ"],
+        "selection": ["Curriculum", "Replay", "scores_differ"],
     },
 )

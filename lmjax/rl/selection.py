@@ -1,15 +1,20 @@
-"""Which prompts come, and which of their rollouts teach something."""
+"""Which prompts come, which of their rollouts teach something, and which are learned from once more."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import collections
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from lmjax.errors import UserError
+from lmjax.rl.plan import Plan
 from lmjax.rl.rewards import Scores
 from lmjax.rl.rollouts import Rollout
+from lmjax.rl.saving import pack_rollouts, unpack_rollouts
 
 
 def scores_differ(rollouts: Sequence[Rollout], scores: Scores) -> bool:
@@ -62,3 +67,93 @@ class Curriculum:
 
     def set_state(self, state: dict[str, Any]) -> None:
         self.rates = np.array([np.nan if rate is None else rate for rate in state["rates"]])
+
+
+class Replay:
+    """Groups of rollouts of earlier policies, learned from again beside fresh ones.
+
+    A replayed rollout keeps the log-probabilities of the policy that said it, so that its importance ratio is right,
+    and its `version`, so that `rollout/staleness` tells its age. It is judged again, among its own group.
+
+    Args:
+      size: groups that are kept; the oldest give way.
+      oldest: updates after which a group is no longer given.
+      share: of the prompts of an iteration (of each of its chunks), whose place replayed groups take.
+
+    Raises:
+      UserError: a number is out of range.
+    """
+
+    def __init__(self, size: int, *, oldest: int, share: float = 0.25):
+        if size < 1 or oldest < 1 or not 0 < share < 1:
+            raise UserError(f"size {size}, oldest {oldest} or share {share} is out of range for a replay.")
+        self.oldest, self.share = oldest, share
+        self._groups: collections.deque[list[Rollout]] = collections.deque(maxlen=size)
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def add(self, rollouts: Sequence[Rollout], scores: Scores | None = None) -> None:
+        """Keeps groups that are not kept yet; with scores, only those that teach something (`scores_differ`)."""
+        kept = {_identity(group) for group in self._groups}
+        groups: dict[int, list[int]] = {}
+        for i, rollout in enumerate(rollouts):
+            groups.setdefault(rollout.group, []).append(i)
+        for index in groups.values():
+            group = [rollouts[i] for i in index]
+            teaches = scores is None or scores_differ(group, scores.take(index))
+            if teaches and _identity(group) not in kept:
+                kept.add(_identity(group))
+                self._groups.append(group)
+
+    def draw(self, count: int, version: int, key: jax.Array) -> list[list[Rollout]]:
+        """So many groups that are young enough at an update, by chance; none while there are fewer."""
+        young = [group for group in self._groups if version - group[0].version <= self.oldest]
+        if len(young) < count:
+            return []
+        random = np.random.default_rng(np.ravel(jax.random.key_data(key)).tolist())
+        return [young[i] for i in sorted(random.choice(len(young), count, replace=False).tolist())]
+
+    def mixing(self, roll_out: Callable[..., list[Rollout]], plan: Plan) -> Callable[..., list[Rollout]]:
+        """A function for `Experience` that rolls out fewer prompts, and gives kept groups in place of the last ones.
+
+        Until enough are kept it rolls out all, so there are two shapes of rollouts to compile, and no more.
+
+        Raises:
+          UserError: the plan keeps no log-probabilities of earlier policies, or has too few prompts for the share.
+        """
+        if plan.on_policy:
+            raise UserError(
+                "this plan takes every rollout for one of the present policy, and replayed ones are not; use several "
+                "epochs or minibatches, or stale=1."
+            )
+        if int(self.share * (plan.prompts // plan.chunks)) < 1:
+            raise UserError(
+                f"a share of {self.share} of {plan.prompts // plan.chunks} prompts is less than one; raise one of them."
+            )
+
+        def mixed(
+            variables: Any, prompts: Sequence[Any], key: jax.Array, *, first_group: int = 0, version: int = 0
+        ) -> list[Rollout]:
+            again = self.draw(int(self.share * len(prompts)), version, key)
+            fresh = len(prompts) - len(again)
+            found = roll_out(variables, prompts[:fresh], key, first_group=first_group, version=version)
+            numbered = enumerate(again, first_group + fresh)
+            return found + [dataclasses.replace(rollout, group=n) for n, group in numbered for rollout in group]
+
+        return mixed
+
+    def get_state(self) -> dict[str, Any]:
+        """What is kept, as JSON values."""
+        rollouts = [rollout for group in self._groups for rollout in group]
+        return {"sizes": [len(group) for group in self._groups], "rollouts": pack_rollouts(rollouts)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on with what was kept."""
+        rollouts = iter(unpack_rollouts(state["rollouts"]))
+        self._groups.clear()
+        self._groups.extend([next(rollouts) for _ in range(size)] for size in state["sizes"])
+
+
+def _identity(group: Sequence[Rollout]) -> tuple[int, int]:
+    return group[0].version, group[0].number
