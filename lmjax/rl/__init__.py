@@ -9,7 +9,10 @@ __getattr__, __dir__, __all__ = attach(
         "plan", "prompts", "returns", "rewards", "rollouts", "saving", "selection", "verifiers", "workers",
     ),
     names={
-        "advantages": ["ESTIMATORS", "Estimator", "best_advantages", "decoupled_advantages", "process_advantages"],
+        "advantages": [
+            "ESTIMATORS", "Estimator", "best_advantages", "decoupled_advantages", "pass_at_k_advantages",
+            "process_advantages",
+        ],
         "controllers": ["AdaptiveEntropy", "AdaptiveKL", "RunningMean"],
         "credit": ["KLReward", "critic_credit", "outcome_credit", "process_credit"],
         "diagnostics": ["diagnose"],

@@ -6,6 +6,7 @@ A score that is NaN is that of a rollout which nothing is learned from: its adva
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ import numpy as np
 from lmjax.errors import UserError
 
 Baseline = Literal["none", "batch", "group", "leave_one_out", "optimal", "given"]
-Scale = Literal["none", "batch", "group", "nonzero"]
+Scale = Literal["none", "batch", "group", "whiten", "nonzero"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +28,12 @@ class Estimator:
         arXiv:2505.23585); "given": a number for each rollout, such as the score of the likeliest answer (ReMax,
         arXiv:2310.10505) or a running mean.
       scale: what the difference is divided by: the standard deviation of the scores of the "group" or of the "batch",
-        plus eps; "nonzero": the share of scores that are not 0 (GPG, arXiv:2504.02546).
+        plus eps; "whiten": less the mean of all differences, by their standard deviation plus eps; "nonzero": the share
+        of scores that are not 0 (GPG, arXiv:2504.02546).
       eps: see scale.
       ddof: 1 for the unbiased standard deviation, 0 for the other.
-      alone: what a group of one means where groups are compared: "error"; or "score": its score is its advantage, as
-        verl has it.
+      alone: what a group of one means where groups are compared: "error"; or "score": its mean counts as 0 and its
+        standard deviation as 1, as verl has it.
     """
 
     baseline: Baseline = "group"
@@ -43,7 +45,7 @@ class Estimator:
     def __post_init__(self) -> None:
         for name, known in (
             ("baseline", ("none", "batch", "group", "leave_one_out", "optimal", "given")),
-            ("scale", ("none", "batch", "group", "nonzero")),
+            ("scale", ("none", "batch", "group", "whiten", "nonzero")),
             ("alone", ("error", "score")),
         ):
             if getattr(self, name) not in known:
@@ -53,23 +55,38 @@ class Estimator:
 
 
 ESTIMATORS: dict[str, Estimator] = {
+    # TRL 1.16: GRPOTrainer with scale_rewards "group", "batch" and "none"; RLOOTrainer, with normalize_advantages too.
     "trl_grpo": Estimator("group", "group", 1e-4, 1),
     "trl_grpo_batch": Estimator("group", "batch", 1e-4, 1),
     "trl_rloo": Estimator("leave_one_out", "none"),
+    "trl_rloo_normalized": Estimator("leave_one_out", "whiten", 1e-4, 1),
+    # Liu et al., arXiv:2503.20783: neither the group's deviation nor the length divides.
     "dr_grpo": Estimator("group", "none"),
+    # verl 0.9, verl/trainer/ppo/core_algos.py. "..._baseline" is whitened over tokens afterwards.
     "verl_grpo": Estimator("group", "group", 1e-6, 1, "score"),
+    "verl_dr_grpo": Estimator("group", "none", alone="score"),
     "verl_rloo": Estimator("leave_one_out", "none", alone="score"),
     "verl_remax": Estimator("given", "none"),
     "verl_opo": Estimator("optimal", "none", alone="score"),
     "verl_gpg": Estimator("group", "nonzero", 0.0, alone="score"),
-    "openrlhf_group_norm": Estimator("group", "group", 1e-9, 1),
+    "verl_reinforce_plus_plus_baseline": Estimator("group", "none", alone="score"),
+    # OpenRLHF 0.11.2, openrlhf/trainer/ppo_utils/experience_maker.py. It whitens "reinforce" and "..._baseline" over
+    # tokens afterwards, with `returns.whiten(..., ddof=0, eps=0, least=1e-8)`.
+    "openrlhf_reinforce": Estimator("none", "none"),
     "openrlhf_reinforce_baseline": Estimator("group", "none"),
+    "openrlhf_dr_grpo": Estimator("group", "none"),
+    "openrlhf_rloo": Estimator("leave_one_out", "none"),
+    "openrlhf_flash_reinforce": Estimator("batch", "none"),
+    "openrlhf_group_norm": Estimator("group", "group", 1e-9, 1),
+    # tunix 0.1.7.
     "tunix_grpo": Estimator("group", "group", 1e-6, 1),
+    # Williams 1992, without a baseline, with the batch's mean, and with one that is given.
     "reinforce": Estimator("none", "none"),
     "reinforce_batch": Estimator("batch", "none"),
     "reinforce_given": Estimator("given", "none"),
 }
-"""Known choices by name: TRL 1.16, verl 0.9, OpenRLHF 0.11, tunix 0.1.7."""
+"""Known choices by name. Two of verl's are functions: its "grpo_passk" is `best_advantages`, and its
+"reinforce_plus_plus" is `returns.rewards_to_go` and then `returns.whiten`."""
 
 
 def advantages(
@@ -90,13 +107,13 @@ def advantages(
       given: [N], for the baseline "given".
 
     Raises:
-      UserError: a group of one where groups are compared, or something is missing that the estimator reads.
+      UserError: a group of one where groups are compared, something is missing that the estimator reads, or the arrays
+        are not of one length.
 
     >>> advantages([1.0, 0.0, 2.0, 0.0], [0, 0, 1, 1], ESTIMATORS["trl_rloo"]).tolist()
     [1.0, -1.0, 2.0, -2.0]
     """
-    scores_N = np.asarray(scores, np.float64)
-    groups_N = np.asarray(groups)
+    scores_N, groups_N = _scored(scores, groups)
     there = np.isfinite(scores_N)
     found = np.zeros(len(scores_N))
     if not there.any():
@@ -110,7 +127,10 @@ def advantages(
             "a prompt has a single rollout, which cannot be compared with others of its group; sample more of each, or "
             "choose another baseline and scale."
         )
+    single = count[number] == 1
     mean = np.bincount(number, kept) / count
+    if estimator.alone == "score":
+        mean = np.where(count == 1, 0.0, mean)
     if estimator.baseline == "none":
         baseline = np.zeros(len(kept))
     elif estimator.baseline == "batch":
@@ -121,7 +141,8 @@ def advantages(
         baseline = (np.bincount(number, kept)[number] - kept) / np.maximum(count[number] - 1, 1)
     elif estimator.baseline == "optimal":
         weight = _needed("lengths", lengths, len(scores_N))[there]
-        baseline = (np.bincount(number, weight * kept) / np.bincount(number, weight))[number]
+        weighed = np.bincount(number, weight * kept) / np.maximum(np.bincount(number, weight), 1e-12)
+        baseline = np.where(single & (estimator.alone == "score"), 0.0, weighed[number])
     else:
         baseline = _needed("given", given, len(scores_N))[there]
     difference = kept - baseline
@@ -130,13 +151,24 @@ def advantages(
     elif estimator.scale == "group":
         squares = np.bincount(number, np.square(kept - mean[number]))
         spread = np.sqrt(squares / np.maximum(count - estimator.ddof, 1))[number]
-        difference = difference / np.where(count[number] == 1, 1.0, spread + estimator.eps)
+        difference = difference / (np.where(single, 1.0, spread) + estimator.eps)
     elif estimator.scale == "nonzero":
         difference = difference * len(kept) / max(int(np.count_nonzero(kept)), 1)
-    if compares:  # where the rest of a group was left out, there is nothing to compare with
-        difference = np.where(count[number] == 1, kept if estimator.alone == "score" else 0.0, difference)
-    found[there] = difference
+    nothing = single & (compares and estimator.alone == "error")  # the rest of the group was left out
+    if estimator.scale == "whiten" and not nothing.all():
+        others = difference[~nothing]
+        difference = (difference - others.mean()) / (_std(others, estimator.ddof) + estimator.eps)
+    found[there] = np.where(nothing, 0.0, difference)
     return found
+
+
+def _scored(scores: Any, groups: Any) -> tuple[np.ndarray, np.ndarray]:
+    scores_N, groups_N = np.asarray(scores, np.float64), np.asarray(groups)
+    if scores_N.ndim != 1 or scores_N.shape != groups_N.shape:
+        raise UserError(
+            f"scores have the shape {scores_N.shape} and groups {groups_N.shape}; give one of each for every rollout."
+        )
+    return scores_N, groups_N
 
 
 def _needed(name: str, values: Any, count: int) -> np.ndarray:
@@ -159,11 +191,18 @@ def decoupled_advantages(
       weights: of the K rewards.
       groups: int [N].
       eps, batch_eps: added to the standard deviations.
+
+    Raises:
+      UserError: not as many weights as rewards, no reward, or a group of one.
     """
+    values_KN = np.asarray(values, np.float64)
+    if values_KN.ndim != 2 or not len(values_KN) or len(values_KN) != len(weights):
+        raise UserError(f"rewards have the shape {values_KN.shape} and {len(weights)} weights; give one weight a row.")
     estimator = Estimator("group", "group", eps, 1)
-    parts = [weight * advantages(own, groups, estimator) for own, weight in zip(np.asarray(values, float), weights)]
-    total = np.sum(parts, axis=0)
-    there = np.isfinite(np.asarray(values, float)).any(axis=0)
+    total = np.sum([weight * advantages(own, groups, estimator) for own, weight in zip(values_KN, weights)], axis=0)
+    there = np.isfinite(values_KN).any(axis=0)
+    if not there.any():
+        return np.zeros(len(total))
     kept = total[there]
     found = np.zeros(len(total))
     found[there] = (kept - kept.mean()) / (_std(kept, 1) + batch_eps)
@@ -174,19 +213,68 @@ def best_advantages(scores: Any, groups: Any, *, eps: float = 1e-6, scaled: bool
     """pass@k as verl has it (arXiv:2503.19595): only the best of a group learns, from its lead over the second.
 
     Args:
-      scores: [N], no NaN in it.
+      scores: [N]; NaN for rollouts that are left out.
       groups: int [N], at least two of each.
       eps, scaled: divided by the group's standard deviation plus eps, or not.
+
+    Raises:
+      UserError: a group of one.
+
+    >>> best_advantages([3.0, 1.0, 0.0], [0, 0, 0], scaled=False).tolist()
+    [2.0, 0.0, 0.0]
     """
-    scores_N, groups_N = np.asarray(scores, np.float64), np.asarray(groups)
+    scores_N, groups_N = _scored(scores, groups)
     found = np.zeros(len(scores_N))
-    for group in np.unique(groups_N):
-        index = np.flatnonzero(groups_N == group)
+    for index in _large_groups(groups_N, 2):
+        index = index[np.isfinite(scores_N[index])]
         if len(index) < 2:
-            raise UserError("pass@k compares the best of a group with the second; sample at least 2 of each prompt.")
+            continue
         own = scores_N[index]
         first, second = np.argsort(-own, kind="stable")[:2]
         found[index[first]] = (own[first] - own[second]) / (own.std(ddof=1) + eps if scaled else 1.0)
+    return found
+
+
+def pass_at_k_advantages(scores: Any, groups: Any, k: int) -> np.ndarray:
+    """Advantages that make the best of k as good as can be (PKPO, Walder and Karkhanis, arXiv:2505.15201), float64 [N].
+
+    `A_i = n / C(n, k) sum_I (max_I r - max_{I without i} r)` over the sets I of k rollouts of its group of n with i in
+    them: what i adds to sets of which it is the best. The mean of `A_i grad log pi(i)` over the group is an unbiased
+    estimate of the gradient of the expected maximum of k scores; with scores of 0 and 1, of pass@k.
+
+    Args:
+      scores: [N]; NaN for rollouts that are left out. A group with fewer than k others has advantages of 0.
+      groups: int [N], at least k of each.
+      k: 2 or more; for 1 take any other estimator.
+
+    Raises:
+      UserError: k is below 2, or a group is smaller than k.
+
+    >>> pass_at_k_advantages([1.0, 0.0, 0.0, 0.0], [0, 0, 0, 0], 2).tolist()
+    [2.0, 0.0, 0.0, 0.0]
+    """
+    if k < 2:
+        raise UserError(f"k is {k}; the best of k needs 2 or more.")
+    scores_N, groups_N = _scored(scores, groups)
+    found = np.zeros(len(scores_N))
+    for index in _large_groups(groups_N, k):
+        index = index[np.isfinite(scores_N[index])]
+        n = len(index)
+        if n < k:
+            continue
+        index = index[np.argsort(scores_N[index], kind="stable")]
+        own = scores_N[index]
+        # Of the k - 1 others, all below i, m is the best: the remaining k - 2 are below m.
+        ways = np.array([math.comb(m, k - 2) / math.comb(n, k) for m in range(n)])
+        lead = np.tril(own[:, None] - own[None], -1)
+        found[index] = n * (lead @ ways)
+    return found
+
+
+def _large_groups(groups: np.ndarray, least: int) -> list[np.ndarray]:
+    found = [np.flatnonzero(groups == group) for group in np.unique(groups)]
+    if found and (smallest := min(map(len, found))) < least:
+        raise UserError(f"the best of {least} is wanted and a prompt has {smallest} rollouts; sample at least {least}.")
     return found
 
 
@@ -203,8 +291,16 @@ def process_advantages(
       groups: int [N].
       lengths: tokens of each rollout.
       eps: added to the standard deviation.
+
+    Raises:
+      UserError: a step ends behind its rollout, or the arguments are not of one length.
     """
     groups_N = np.asarray(groups)
+    if not len(steps) == len(groups_N) == len(lengths):
+        raise UserError(f"{len(steps)} lists of steps, {len(groups_N)} groups, {len(lengths)} lengths; give as many.")
+    for own, length in zip(steps, lengths):
+        if any(not 0 <= end < length for end, _ in own):
+            raise UserError(f"steps end at {[end for end, _ in own]} in a rollout of {length} tokens.")
     found = [np.zeros(length) for length in lengths]
     for group in np.unique(groups_N):
         index = np.flatnonzero(groups_N == group).tolist()
