@@ -15,13 +15,17 @@ import numpy as np
 
 from lmjax.data.prompts import Prompt
 from lmjax.errors import UserError
-from lmjax.generation.sampler import generate
+from lmjax.generation.decoding import check_prompts
+from lmjax.generation.sampler import generate, stream
 from lmjax.models.decoder import Variables
 from lmjax.policy import Policy
+from lmjax.rl.arithmetic import evaluate
 from lmjax.rl.rollouts import Rollout
+from lmjax.rl.verifiers import read_number, text_ends
 from lmjax.tokenizers.base import Tokenizer
 
 TURNS, FAILURE = "turn_rewards", "environment_failure"  # in the record of an episode
+LOOK = 16  # tokens from one look for stop strings to the next
 
 
 class Environment(Protocol):
@@ -48,7 +52,15 @@ class _Episode:
     finish: str = ""
     failure: str = ""
 
-    def hear(self, ids: Sequence[int]) -> None:
+    def listen(self, said: str, encode: Callable[[str], Any], limit: int) -> bool:
+        """Takes in what the environment says, if there is room for it."""
+        ids = [int(token) for token in encode(said)] if said else []
+        room = len(self.ids) + len(ids) <= limit
+        if room:
+            self._hear(ids)
+        return room
+
+    def _hear(self, ids: Sequence[int]) -> None:
         self.ids += ids
         self.own += [False] * len(ids)
         self.logprobs += [0.0] * len(ids)
@@ -70,7 +82,8 @@ def play(
     turns: int,
     max_new_tokens: int,
     max_turn_tokens: int,
-    ends: int | Sequence[int],
+    ends: int | Sequence[int] = (),
+    stop: Sequence[str] = (),
     temperature: float = 1.0,
     encode: Callable[[str], Sequence[int]] | None = None,
     first_group: int = 0,
@@ -88,7 +101,8 @@ def play(
       turns: of the policy, at the most.
       max_new_tokens: of a whole episode behind its prompt, the environment's included.
       max_turn_tokens: of a turn.
-      ends: the id or ids that end a turn.
+      ends: the id or ids that end a turn; the environment does not see them.
+      stop: texts that end a turn too. The token that completes one is the turn's last, and the environment sees it.
       temperature: divides the logits.
       encode: what an environment says, as ids; the tokenizer's if None. A chat template's turns go here.
       first_group, version, options: as in `roll_out`.
@@ -96,11 +110,19 @@ def play(
     Returns:
       Rollouts whose record holds "turn_rewards" besides, [(end of the turn, reward)], for `turn_rewards`; `finish` is
       "done", "turns", "length" or "failed" (an environment raised; see "environment_failure" in the record).
+
+    Raises:
+      UserError: nothing ends a turn but its length, numbers below 1, or episodes longer than the model's positions.
     """
     if turns < 1 or max_turn_tokens < 1:
         raise UserError(f"turns is {turns} and max_turn_tokens {max_turn_tokens}; give at least 1 of each.")
-    encoded = tokenizer.encode if encode is None else encode
     stops = {ends} if isinstance(ends, int) else set(ends)
+    if not stop and not stops:
+        raise UserError("nothing ends a turn; give the ids that do as ends, or texts as stop.")
+    if "" in stop:
+        raise UserError("a stop string is empty, which would end every turn at once; leave it out.")
+    check_prompts(policy, [prompt.ids for prompt in prompts], max_new_tokens - 1 + max_turn_tokens)
+    encoded: Callable[[str], Any] = tokenizer.encode if encode is None else encode
     random = np.random.default_rng(np.ravel(jax.random.key_data(key)).tolist())
     seeds = random.integers(2**31, size=len(prompts) * samples)
     episodes = [
@@ -109,10 +131,10 @@ def play(
     for episode, seed in zip(episodes, seeds):
         try:
             said = episode.environment.reset(episode.prompt.record, int(seed))
+            if not episode.listen(said, encoded, max_new_tokens - 1):
+                raise ValueError(f"what it says first leaves no room among {max_new_tokens} tokens")
         except Exception as error:
             episode.fail(error)
-            continue
-        episode.hear([int(token) for token in encoded(said)] if said else [])
     for turn in range(turns):
         for episode in episodes:
             if not episode.finish and len(episode.ids) >= max_new_tokens:
@@ -122,44 +144,65 @@ def play(
         # Episodes that are over stay as rows of one token, so that nothing is compiled anew for those that go on.
         room = [1 if e.finish else min(max_turn_tokens, max_new_tokens - len(e.ids)) for e in episodes]
         asked = [e.prompt.ids[:1] if e.finish else np.concatenate([e.prompt.ids, e.ids]).astype(int) for e in episodes]
-        found = jax.device_get(
-            generate(
-                policy, variables, asked, jax.random.fold_in(key, turn), max_new_tokens=room, room=max_turn_tokens,
-                temperature=temperature, eos=sorted(stops), **options,
-            )
+        found = _speak(
+            policy, variables, asked, jax.random.fold_in(key, turn), stop, tokenizer, max_new_tokens=room,
+            room=max_turn_tokens, temperature=temperature, eos=sorted(stops), **options,
         )  # fmt: skip
         for n, episode in enumerate(episodes):
             if not episode.finish:
-                _take_turn(episode, found, n, stops, tokenizer, encoded, max_new_tokens)
+                _take_turn(episode, found, n, stops, stop, tokenizer, encoded, max_new_tokens)
     return [_rollout(episode, version) for episode in episodes]
 
 
+def _speak(
+    policy: Policy, variables: Variables, asked: Sequence[Any], key: jax.Array, stop: Sequence[str],
+    tokenizer: Tokenizer, **options: Any,
+) -> Any:  # fmt: skip
+    """A turn of all rows. It may go on behind a stop string, for what was drawn before does not depend on it."""
+    if not stop:
+        return jax.device_get(generate(policy, variables, asked, key, **options))
+    looks = stream(policy, variables, asked, key, every=LOOK, **options)
+    found = next(looks)
+    while True:
+        said = [found.tokens[n, :length].tolist() for n, length in enumerate(found.lengths)]
+        over = np.array([_stopped(tokens, stop, tokenizer) is not None for tokens in said])
+        try:
+            found = looks.send(over)
+        except StopIteration:
+            return found
+
+
+def _stopped(tokens: Sequence[int], stop: Sequence[str], tokenizer: Tokenizer) -> int | None:
+    """The index of the token that completes a stop string first; None where there is none."""
+    found = [ends[0] for text in stop if (ends := text_ends(tokens, text, tokenizer))]
+    return min(found, default=None)
+
+
 def _take_turn(
-    episode: _Episode, found: Any, n: int, stops: set[int], tokenizer: Tokenizer, encoded: Any, limit: int
-) -> None:
-    length = int(found.lengths[n])
-    tokens = found.tokens[n, :length].tolist()
+    episode: _Episode, found: Any, n: int, ends: set[int], stop: Sequence[str], tokenizer: Tokenizer, encoded: Any,
+    limit: int,
+) -> None:  # fmt: skip
+    tokens = found.tokens[n, : int(found.lengths[n])].tolist()
+    words = tokens[:-1] if tokens[-1] in ends else tokens
+    last = _stopped(words, stop, tokenizer)
+    if last is not None:
+        tokens = words = words[: last + 1]
+    length = len(tokens)
     episode.ids += tokens
     episode.own += [True] * length
     episode.logprobs += found.logprobs[n, :length].tolist()
     episode.sampling += found.sampling_logprobs[n, :length].tolist()
-    text = tokenizer.decode(tokens[:-1] if tokens[-1] in stops else tokens)
+    text = tokenizer.decode(words)
     episode.texts.append(text)
-    end = len(episode.ids) - 1
     try:
         said, reward, done = episode.environment.step(text)
+        episode.rewards.append((len(episode.ids) - 1, float(reward)))
+        if done:
+            episode.finish = "done"
+        elif not episode.listen(said, encoded, limit):
+            episode.finish = "length"
     except Exception as error:
         episode.fail(error)
-        return
-    episode.rewards.append((end, float(reward)))
-    if done:
-        episode.finish = "done"
-        return
-    heard = [int(token) for token in encoded(said)] if said else []
-    if len(episode.ids) + len(heard) > limit:
-        episode.finish = "length"
-        return
-    episode.hear(heard)
 
 
 def _rollout(episode: _Episode, version: int) -> Rollout:
@@ -231,9 +274,6 @@ class Calculator:
         return ""
 
     def step(self, text: str) -> tuple[str, float, bool]:
-        from lmjax.rl.arithmetic import evaluate
-        from lmjax.rl.verifiers import read_number
-
         if "<<" in text and ">>" in text:
             value = evaluate(text.partition("<<")[2].partition(">>")[0])
             return ("error" if value is None else str(value)), 0.0, False
