@@ -33,16 +33,23 @@ def padded(rows: Sequence[Any], length: int | None = None, fill: float = 0.0) ->
 def place_scores(scores: Any, lengths: Any, width: int, position: Position = "last") -> np.ndarray:
     """Each rollout's score at its last token; or one behind it where there is room (the N+ implementation of PPO).
 
+    A rollout without tokens has no place for one.
+
+    Raises:
+      UserError: an unknown position, or a rollout longer than the width.
+
     >>> place_scores([5.0, 7.0], [2, 3], 3, "after_eos").tolist()
     [[0.0, 0.0, 5.0], [0.0, 0.0, 7.0]]
     """
     if position not in ("last", "after_eos"):
         raise UserError(f"scores are not placed at {position!r}; there are last and after_eos.")
+    lengths = np.asarray(lengths)
+    if len(lengths) and lengths.max() > width:
+        raise UserError(f"a rollout of {lengths.max()} tokens does not fit into {width}; widen the rows.")
     found = np.zeros((len(lengths), width))
-    at = np.asarray(lengths) - 1
-    if position == "after_eos":
-        at = np.minimum(at + 1, width - 1)
-    found[np.arange(len(at)), at] = scores
+    at = np.minimum(lengths, width - 1) if position == "after_eos" else lengths - 1
+    some = np.flatnonzero(lengths > 0)
+    found[some, at[some]] = np.asarray(scores, np.float64)[some]
     return found
 
 
@@ -63,12 +70,21 @@ def kl_costs(logprobs: Any, reference: Any, estimator: Estimator = "k1", held: f
 
 
 def rewards_to_go(rewards: Any, mask: Any, gamma: float = 1.0) -> np.ndarray:
-    """The discounted sum of the rewards from each token on.
+    """The discounted sum of the rewards from each token on; those at masked tokens do not count.
+
+    Args:
+      rewards, mask: [N, L].
+      gamma: discount of a token, 0 to 1.
+
+    Raises:
+      UserError: gamma is out of range, or the shapes differ.
 
     >>> rewards_to_go([[0.0, 0.0, 1.0]], [[1, 0, 1]], 0.5).tolist()
     [[0.5, 0.0, 1.0]]
     """
-    rewards, mask = np.asarray(rewards, np.float64), np.asarray(mask, np.float64)
+    if not 0 <= gamma <= 1:
+        raise UserError(f"gamma is {gamma}; give a number from 0 to 1.")
+    rewards, mask = _alike(rewards=rewards, mask=mask)
     found, running = np.zeros(rewards.shape), np.zeros(len(rewards))
     for t in reversed(range(rewards.shape[1])):
         here = rewards[:, t] + gamma * running
@@ -86,10 +102,20 @@ def gae(rewards: Any, values: Any, mask: Any, gamma: float = 1.0, lam: float = 0
       rewards, values, mask: [N, L].
       gamma: discount of a token.
       lam: 1 for rewards-to-go less values, 0 for one step.
+
+    Returns:
+      `A_t = sum_l (gamma lam)^l delta_{t+l}`, with `delta_t = r_t + gamma V_{t+1} - V_t`, and `A_t + V_t`; both 0 where
+      masked.
+
+    Raises:
+      UserError: gamma or lam is out of range, or the shapes differ.
+
+    >>> gae([[0.0, 1.0]], [[0.5, 0.5]], [[1, 1]], 1.0, 1.0)[0].tolist()
+    [[0.5, 0.5]]
     """
     if not 0 <= gamma <= 1 or not 0 <= lam <= 1:
         raise UserError(f"gamma is {gamma} and lambda {lam}; give numbers from 0 to 1.")
-    rewards, values, mask = (np.asarray(array, np.float64) for array in (rewards, values, mask))
+    rewards, values, mask = _alike(rewards=rewards, values=values, mask=mask)
     found = np.zeros(rewards.shape)
     following, running = np.zeros(len(rewards)), np.zeros(len(rewards))
     for t in reversed(range(rewards.shape[1])):
@@ -111,11 +137,27 @@ def whiten(
       ddof: 1 for the unbiased variance (TRL, verl), 0 for the other (lm-human-preferences, OpenRLHF).
       eps: added to the variance.
       least: the variance is at least this (OpenRLHF: 1e-8, with eps 0).
+
+    Raises:
+      UserError: the shapes differ.
+
+    >>> whiten([[1.0, 3.0, 9.0]], [[1, 1, 0]], ddof=0).round(6).tolist()
+    [[-1.0, 1.0, 0.0]]
     """
-    values, mask = np.asarray(values, np.float64), np.asarray(mask, np.float64)
+    values, mask = _alike(values=values, mask=mask)
     count = mask.sum()
-    if count <= ddof:
+    if not count:
         return np.zeros(values.shape)
     mean = (values * mask).sum() / count
-    variance = max((np.square(values - mean) * mask).sum() / (count - ddof), least)
+    variance = max((np.square(values - mean) * mask).sum() / max(count - ddof, 1), least)
+    if variance + eps == 0:  # all are equal
+        return mask * (mean if keep_mean else 0.0)
     return ((values - mean) / np.sqrt(variance + eps) + (mean if keep_mean else 0.0)) * mask
+
+
+def _alike(**arrays: Any) -> list[np.ndarray]:
+    found = {name: np.asarray(array, np.float64) for name, array in arrays.items()}
+    if len({array.shape for array in found.values()}) > 1 or next(iter(found.values())).ndim != 2:
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in found.items())
+        raise UserError(f"{shapes}: give arrays of one shape, [rollouts, tokens].")
+    return list(found.values())

@@ -179,11 +179,19 @@ def test_whitening():
     kept = returns.whiten(values, mask, keep_mean=True)
     assert kept[mask].mean() == pytest.approx(values[mask].mean())
     assert (returns.whiten(values, np.zeros((4, 6))) == 0).all()
+    # A single token, or equal ones, have no spread: they are 0, or what they were.
+    one = np.zeros((4, 6))
+    one[1, 2] = 1
+    assert not returns.whiten(values, one).any() and not returns.whiten(np.ones((4, 6)), mask, eps=0.0).any()
+    np.testing.assert_allclose(returns.whiten(values, one, keep_mean=True), values * one)
+    np.testing.assert_allclose(returns.whiten(np.full((4, 6), 2.0), mask, keep_mean=True, eps=0.0), 2.0 * mask)
 
 
 def test_scores_are_placed():
     assert returns.place_scores([1.0, 2.0], [1, 3], 4).tolist() == [[1, 0, 0, 0], [0, 0, 2, 0]]
     assert returns.place_scores([1.0, 2.0], [1, 3], 3, "after_eos").tolist() == [[0, 1, 0], [0, 0, 2]]
+    assert returns.place_scores([1.0, 2.0], [0, 2], 2).tolist() == [[0, 0], [0, 2]]  # nothing was said
+    assert returns.place_scores([1.0, 2.0], [0, 2], 2, "after_eos").tolist() == [[0, 0], [0, 2]]
     with pytest.raises(UserError, match="'first'"):
         returns.place_scores([1.0], [1], 1, "first")
 
@@ -211,6 +219,10 @@ def test_costs_are_the_losses_estimates(estimator):
         (lambda: rl.process_advantages([[(3, 1.0)]], [0], [3]), "steps end at"),
         (lambda: rl.process_advantages([[], []], [0, 0], [3]), "give as many"),
         (lambda: returns.gae([[1.0]], [[1.0]], [[1.0]], 1.1), "gamma is 1.1"),
+        (lambda: returns.gae([[1.0]], [[1.0, 2.0]], [[1.0]]), r"values \(1, 2\)"),
+        (lambda: returns.rewards_to_go([[1.0]], [[1.0]], 2.0), "gamma is 2"),
+        (lambda: returns.whiten([1.0], [1.0]), "of one shape"),
+        (lambda: returns.place_scores([1.0], [4], 3), "does not fit"),
         (lambda: returns.kl_costs([0.0], [0.0], "k4"), "'k4'"),
         (lambda: rl.AdaptiveKL(0.0), "positive"),
         (lambda: rl.AdaptiveEntropy(0.0), "positive"),
