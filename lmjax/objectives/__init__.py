@@ -4,11 +4,12 @@ from lmjax._lazy import attach
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
-    submodules=("algebra", "evaluation", "expressions", "importance", "matching", "pairs", "pluralistic",
+    submodules=("algebra", "covariance", "evaluation", "expressions", "importance", "matching", "pairs", "pluralistic",
                 "policy_gradient", "preferences",
                 "reducers", "reward_models", "terms", "tracing"),
     names={
         "algebra": ["Objective", "Role", "Term", "term"],
+        "covariance": ["clip_cov", "kl_cov"],
         "expressions": ["parse_objective"],
         "evaluation": ["Evaluation", "evaluate", "finalize", "term_weights"],
         "matching": ["attention_maps", "hidden_states"],
@@ -16,6 +17,7 @@ __getattr__, __dir__, __all__ = attach(
         "pairs": ["LogRatio", "pair_term", "with_cached_reference"],
         "pluralistic": ["belief_kl", "belief_nll", "gdpo"],
         "policy_gradient": [
+            "bnpo",
             "by_coefficient",
             "cispo",
             "critic_role",
@@ -24,8 +26,10 @@ __getattr__, __dir__, __all__ = attach(
             "dr_grpo",
             "dro",
             "gmpo",
+            "gpg",
             "grpo",
             "gspo",
+            "gspo_token",
             "luspo",
             "ppo",
             "reinforce",

@@ -14,6 +14,7 @@ from lmjax.losses import policy_gradient
 from lmjax.losses.policy_gradient import Correction
 from lmjax.objectives.reducers import per_sequence
 
+Clip = float | tuple[float, float]
 Level = Literal["token", "sequence", "sequence_token", "sequence_sum"]
 LEVELS = ("token", "sequence", "sequence_token", "sequence_sum")
 CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
@@ -57,6 +58,21 @@ class Weighing:
 
 
 PLAIN = Weighing()
+
+
+def bounds_of(clip: Clip) -> tuple[float, float]:
+    """How far below and above, of one number for both or of two.
+
+    Raises:
+      UserError: a negative one.
+
+    >>> bounds_of(0.2), bounds_of((0.2, 0.28))
+    ((0.2, 0.2), (0.2, 0.28))
+    """
+    low, high = (clip, clip) if isinstance(clip, int | float) else clip
+    if low < 0 or high < 0:
+        raise UserError(f"clip is {clip}; give numbers that are not negative.")
+    return low, high
 
 
 class Ratios(NamedTuple):

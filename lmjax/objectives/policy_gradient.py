@@ -17,8 +17,10 @@ from lmjax.losses import policy_gradient as losses
 from lmjax.objectives.algebra import Objective, Role, Term
 from lmjax.objectives.importance import (
     PLAIN,
+    Clip,
     Ratios,
     Weighing,
+    bounds_of,
     ratios,
     sampler_weights,
     sequence_lengths,
@@ -34,8 +36,8 @@ from lmjax.objectives.reducers import (
 )
 from lmjax.policy import Outputs
 
-Clip = float | tuple[float, float]
-SEQUENCE, HELD = Weighing(level="sequence"), Weighing(held=20.0)
+SEQUENCE, SEQUENCE_TOKEN = Weighing(level="sequence"), Weighing(level="sequence_token")
+HELD = Weighing(held=20.0)
 
 
 def surrogate_term(
@@ -45,7 +47,9 @@ def surrogate_term(
     weighing: Weighing = PLAIN,
     reducer: Reducer = token_mean,
     clip: tuple[float, float] | None = None,
+    dual: float | None = None,
     corrected: bool = True,
+    couples_rows: bool = False,
 ) -> Objective:
     """A term from a loss of each token under its advantage.
 
@@ -54,9 +58,11 @@ def surrogate_term(
       surrogate: (ratios, batch) -> losses [B, T].
       weighing: how importance ratios are taken, and what tokens are weighed by.
       reducer: see `lmjax.objectives.reducers`.
-      clip: the ratio's bounds, for the shares of tokens beyond them that are reported.
+      clip, dual: the ratio's bounds, for the shares of tokens beyond them that are reported.
       corrected: whether the correction is a weight; False where the surrogate sees to it.
+      couples_rows: the surrogate looks at all rows at once, so that a batch cannot be split.
     """
+    couples = couples_rows or weighing.top_entropy < 1.0
 
     def function(outputs: Outputs, batch: RolloutBatch) -> Any:
         found = ratios(outputs, batch, weighing)
@@ -64,12 +70,14 @@ def surrogate_term(
         weight = token_weights(outputs, batch, weighing, found, corrected)
         if weight is not None:
             values = values * weight
-        return values, found.mask, _metrics(jax.lax.stop_gradient(found), batch, weighing, clip)
+        return values, found.mask, _metrics(jax.lax.stop_gradient(found), batch, weighing, clip, dual)
 
-    return Objective(((1.0, Term(name, function, reducer, couples_rows=weighing.top_entropy < 1.0)),))
+    return Objective(((1.0, Term(name, function, reducer, couples_rows=couples)),))
 
 
-def _metrics(found: Ratios, batch: RolloutBatch, weighing: Weighing, clip: tuple[float, float] | None) -> Any:
+def _metrics(
+    found: Ratios, batch: RolloutBatch, weighing: Weighing, clip: tuple[float, float] | None, dual: float | None
+) -> Any:
     gap = found.logprobs - found.old
     values = {
         "ratio": found.ratio,
@@ -80,6 +88,8 @@ def _metrics(found: Ratios, batch: RolloutBatch, weighing: Weighing, clip: tuple
         low = (found.ratio < clip[0]) & (found.advantages < 0)
         high = (found.ratio > clip[1]) & (found.advantages > 0)
         shares = {"low": low, "high": high, "region": low | high}
+        if dual is not None:
+            shares["dual"] = (found.ratio > dual) & (found.advantages < 0)
         values |= {f"clip_ratio/{side}": share.astype(jnp.float32) for side, share in shares.items()}
     if weighing.correct is not None:
         values["sampling/importance_sampling_ratio"] = sampler_weights(batch, weighing, found.old)
@@ -95,6 +105,12 @@ def reinforce(*, weighing: Weighing = PLAIN, reducer: Reducer = token_mean) -> O
     """
     surrogate = lambda found, batch: losses.reinforce(found.logprobs, found.advantages)
     return surrogate_term("reinforce", surrogate, weighing=weighing, reducer=reducer)
+
+
+def gpg(*, weighing: Weighing = PLAIN) -> Objective:
+    """GPG (arXiv:2504.02546): REINFORCE as a mean over tokens; the rest of it is in its advantages (`lmjax.rl`)."""
+    surrogate = lambda found, batch: losses.reinforce(found.logprobs, found.advantages)
+    return surrogate_term("gpg", surrogate, weighing=weighing)
 
 
 def ppo(
@@ -119,16 +135,15 @@ def ppo(
 def _clipped(
     name: str, clip: Clip, cap: float | None, dual: float | None, weighing: Weighing, reducer: Reducer
 ) -> Objective:
-    low, high = (clip, clip) if isinstance(clip, int | float) else clip
-    if low < 0 or high < 0:
-        raise UserError(f"clip is {clip}; give numbers that are not negative.")
+    low, high = bounds_of(clip)
     if dual is not None and dual <= 1:
         raise UserError(f"dual is {dual}; the dual clip needs a number above 1.")
 
     def surrogate(found: Ratios, batch: RolloutBatch) -> jax.Array:
         return losses.clipped(found.ratio, found.advantages, low, high, cap, dual)
 
-    return surrogate_term(name, surrogate, weighing=weighing, reducer=reducer, clip=(1 - low, 1 + high))
+    clip_ratio = (1 - low, 1 + high)
+    return surrogate_term(name, surrogate, weighing=weighing, reducer=reducer, clip=clip_ratio, dual=dual)
 
 
 def grpo(
@@ -142,11 +157,19 @@ def grpo(
     return _clipped("grpo", clip, cap, None, weighing, reducer)
 
 
+def bnpo(clip: Clip = 0.2, *, cap: float | None = None, weighing: Weighing = PLAIN) -> Objective:
+    """GRPO's surrogate as a mean over tokens, TRL's `bnpo`, but for one thing.
+
+    There it is a mean of the means of microbatches, which depends on how a batch is split. Here it is the mean over all
+    tokens of the step, as every mean is, and the two are one where there is one microbatch on one device.
+    """
+    return _clipped("bnpo", clip, cap, None, weighing, token_mean)
+
+
 def dapo(clip: Clip = (0.2, 0.28), *, weighing: Weighing = PLAIN) -> Objective:
     """DAPO's surrogate (arXiv:2503.14476): clips higher above, and every token counts alike.
 
-    The mean is over all tokens of the step, microbatches and devices together: TRL's `dapo`. Its `bnpo` is the mean of
-    each microbatch's own mean, which depends on how a batch is split, and which there is not here.
+    The mean is over all tokens of the step, microbatches and devices together.
     """
     return _clipped("dapo", clip, None, None, weighing, token_mean)
 
@@ -173,9 +196,19 @@ def gspo(
 
     Args:
       clip, reducer: as in `ppo`.
-      weighing: level "sequence", or "sequence_token" for advantages that differ within a rollout (GSPO-token).
+      weighing: of level "sequence".
     """
     return _clipped("gspo", clip, None, None, weighing, reducer)
+
+
+def gspo_token(
+    clip: Clip = (3e-4, 4e-4), *, weighing: Weighing = SEQUENCE_TOKEN, reducer: Reducer = sequence_mean
+) -> Objective:
+    """GSPO-token (arXiv:2507.18071): the sequence's ratio as a value, each token's own as the gradient.
+
+    For advantages that differ within a rollout; where they do not, it is `gspo`. Arguments as there.
+    """
+    return _clipped("gspo_token", clip, None, None, weighing, reducer)
 
 
 def rloo(clip: Clip = 0.2) -> Objective:
@@ -218,7 +251,7 @@ def gmpo(clip: Clip = 0.4, *, weighing: Weighing = PLAIN) -> Objective:
       clip: bounds of each token's log-ratio, on the side its advantage pushes to.
       weighing: of level "token"; a correction is taken by its geometric mean, as verl does.
     """
-    low, high = (clip, clip) if isinstance(clip, int | float) else clip
+    low, high = bounds_of(clip)
 
     def surrogate(found: Ratios, batch: RolloutBatch) -> jax.Array:
         lengths = jnp.maximum(sequence_lengths(batch), 1.0)
@@ -274,7 +307,7 @@ def dppo(
     """
     if kind not in ("tv", "kl"):
         raise UserError(f"dppo has no kind {kind!r}; there are tv and kl.")
-    low, high = (clip, clip) if isinstance(clip, int | float) else clip
+    low, high = bounds_of(clip)
     within = losses.within_variation if kind == "tv" else losses.within_divergence
 
     def surrogate(found: Ratios, batch: RolloutBatch) -> jax.Array:

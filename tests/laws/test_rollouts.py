@@ -16,7 +16,7 @@ import lmjax as lm
 from lmjax import rl
 from lmjax.batch import RolloutBatch, positions_within_segments
 from lmjax.errors import UserError
-from lmjax.objectives import Objective, Weighing, evaluate, finalize
+from lmjax.objectives import Objective, Weighing, covariance, evaluate, finalize
 from lmjax.objectives import policy_gradient as G
 from lmjax.policy import add_value_head
 from lmjax.sharding import shard_batch
@@ -45,13 +45,18 @@ class Case:
 
 ROLLOUT_TERMS: dict[str, Case] = {
     "reinforce": Case(lambda: G.reinforce()),
+    "gpg": Case(lambda: G.gpg()),
+    "bnpo": Case(lambda: G.bnpo(0.1)),
+    # All of the band is taken: which few of it would be depends on the batch's layout.
+    "clip_cov": Case(lambda: covariance.clip_cov(share=1.0, band=(0.3, 2.0)), splits=False, fused=False),
+    "kl_cov": Case(lambda: covariance.kl_cov(share=0.2), splits=False, fused=False),
     "ppo": Case(lambda: G.ppo(0.1, dual=1.5, cap=1.2)),
     "grpo": Case(lambda: G.grpo((0.1, 0.2))),
     "dapo": Case(lambda: G.dapo()),
     "dr_grpo": Case(lambda: G.dr_grpo(9)),
     "luspo": Case(lambda: G.luspo(0.01), fused=False),
     "gspo": Case(lambda: G.gspo((0.01, 0.02)), fused=False),
-    "gspo_token": Case(lambda: G.gspo(0.01, weighing=Weighing(level="sequence_token")), fused=False),
+    "gspo_token": Case(lambda: G.gspo_token(0.01), fused=False),
     "rloo": Case(lambda: G.rloo(), fused=False),
     "cispo": Case(lambda: G.cispo((None, 1.1))),
     "sapo": Case(lambda: G.sapo()),
@@ -73,7 +78,7 @@ ELSEWHERE = {"surrogate_term", "critic_role"}  # what they are made of; in tests
 
 
 def test_every_term_is_registered():
-    known = _public_functions(G)
+    known = _public_functions(G) | _public_functions(covariance)
     assert known - ELSEWHERE <= set(ROLLOUT_TERMS)
     assert known <= set(lm.objectives.__all__)
 

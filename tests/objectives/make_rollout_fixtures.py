@@ -98,12 +98,13 @@ def _verl(case: Any, given: dict[str, Any]) -> Any:
             given["values"], given["returns"], given["old_values"], mask, options["clip"]
         )[0]
     mode = options.pop("loss_agg_mode", "token-mean")
-    beta = options.pop("dro_beta", None)
+    of_loss = ("dro_beta", "clip_cov_ratio", "clip_cov_lb", "clip_cov_ub", "kl_cov_ratio", "ppo_kl_coef")
+    of_loss = {name: options.pop(name) for name in of_loss if name in options}
     if "clip_ratio" in options:
         options |= {"clip_ratio_low": options["clip_ratio"], "clip_ratio_high": options["clip_ratio"]}
     config = ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, **options)
-    if beta is not None:
-        object.__setattr__(config.policy_loss, "dro_beta", beta)
+    for name, value in of_loss.items():
+        object.__setattr__(config.policy_loss, name, value)
     advantages = given["advantages"][:, None] * mask
     loss = core_algos.get_policy_loss_fn(case.peer)
     return loss(given["old"], given["logprobs"], advantages, mask, mode, config)[0]

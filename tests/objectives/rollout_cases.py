@@ -68,7 +68,7 @@ class Case:
 
 O = lm.objectives
 KL = dict(estimator="k3", gradient="weighted")
-TOKEN, SEQUENCES = O.token_mean, O.sequence_mean
+SEQUENCES = O.sequence_mean
 CORRECTED = dict(correct="token_truncate", high=1.2)
 
 CASES: dict[str, Case] = {
@@ -84,7 +84,7 @@ CASES: dict[str, Case] = {
     "grpo_cap": Case(
         lambda: O.grpo(cap=1.05), "trl", dict(loss_type="grpo", delta=1.05)
     ),
-    "bnpo": Case(lambda: O.grpo(reducer=TOKEN), "trl", dict(loss_type="bnpo")),
+    "bnpo": Case(lambda: O.bnpo(), "trl", dict(loss_type="bnpo")),
     "dr_grpo": Case(lambda: O.dr_grpo(HORIZON), "trl", dict(loss_type="dr_grpo")),
     "dapo": Case(lambda: O.dapo(), "trl", dict(loss_type="dapo", epsilon_high=0.28)),
     "dapo_entropy": Case(
@@ -134,11 +134,18 @@ CASES: dict[str, Case] = {
         "vanilla", dict(clip_ratio=0.1, loss_agg_mode="seq-mean-token-sum"),
     ),
     "verl_gspo": Case(
-        lambda: O.gspo((0.02, 0.03), weighing=Weighing(level="sequence_token")),
+        lambda: O.gspo_token((0.02, 0.03)),
         "gspo", dict(clip_ratio_low=0.02, clip_ratio_high=0.03, loss_agg_mode="seq-mean-token-mean"),
     ),
     "verl_sapo": Case(lambda: O.sapo(), "sapo"),
-    "verl_gpg": Case(lambda: O.reinforce(), "gpg"),
+    "verl_gpg": Case(lambda: O.gpg(), "gpg"),
+    "verl_clip_cov": Case(  # all of the band, of which verl draws some
+        lambda: O.clip_cov(0.1, share=1.0, band=(0.05, 0.3)),
+        "clip_cov", dict(clip_ratio=0.1, clip_cov_ratio=1.0, clip_cov_lb=0.05, clip_cov_ub=0.3),
+    ),
+    "verl_kl_cov": Case(
+        lambda: O.kl_cov(0.7, share=0.3), "kl_cov", dict(kl_cov_ratio=0.3, ppo_kl_coef=0.7)
+    ),
     "verl_cispo": Case(
         lambda: O.cispo((0.9, 1.1)), "cispo", dict(clip_ratio_low=0.1, clip_ratio_high=0.1)
     ),
