@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     submodules=(
         "advantages", "arithmetic", "controllers", "credit", "diagnostics", "environments", "experience", "layout",
-        "plan", "prompts", "returns", "rewards", "rollouts", "saving", "selection", "verifiers", "workers",
+        "penalties", "plan", "prompts", "returns", "rewards", "rollouts", "saving", "selection", "verifiers", "workers",
     ),
     names={
         "advantages": [
@@ -19,11 +19,10 @@ __getattr__, __dir__, __all__ = attach(
         "environments": ["Environment", "play", "turn_rewards"],
         "experience": ["Credit", "Experience", "Reading", "following"],
         "layout": ["Layout", "lay_out", "rollout_batch", "take_rows"],
+        "penalties": ["cosine_length", "overlong", "repetition", "without_end"],
         "plan": ["Plan"],
         "prompts": ["Prompts"],
-        "rewards": [
-            "Judge", "Reward", "Scores", "join_scores", "of_reward_model", "of_text", "overlong", "without_end",
-        ],
+        "rewards": ["Judge", "Missing", "Reward", "Scores", "join_scores", "of_reward_model", "of_text"],
         "rollouts": ["Rollout", "roll_out"],
         "selection": ["Curriculum", "Replay", "scores_differ"],
     },

@@ -51,11 +51,8 @@ def numbers_used(text: str) -> list[Fraction] | None:
     if found is None:
         return None
     constants = [node for node in ast.walk(found) if isinstance(node, ast.Constant)]
-    constants.sort(key=lambda node: (node.lineno, node.col_offset))
-    try:
-        return [_number(node) for node in constants]
-    except _NotArithmetic:
-        return None
+    constants.sort(key=lambda node: node.col_offset)
+    return [_number(node) for node in constants]
 
 
 class _NotArithmetic(Exception):
@@ -72,9 +69,13 @@ def _parsed(text: str) -> ast.expr | None:
     if max(_depths(text)) > DEEPEST:
         return None
     try:
-        return ast.parse(text, mode="eval").body
+        found = ast.parse(text, mode="eval").body
+        for node in ast.walk(found):
+            if isinstance(node, ast.Constant):  # as it is written: Python would round decimals
+                node.value = Fraction(text[node.col_offset : node.end_col_offset])  # type: ignore[assignment]
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         return None
+    return found
 
 
 def _depths(text: str) -> list[int]:
@@ -86,12 +87,7 @@ def _depths(text: str) -> list[int]:
 
 
 def _number(node: ast.Constant) -> Fraction:
-    if isinstance(node.value, int | float) and not isinstance(node.value, bool):
-        try:
-            return Fraction(str(node.value))
-        except ValueError:
-            pass
-    raise _NotArithmetic
+    return Fraction(str(node.value))
 
 
 def _value(node: ast.expr, powers: bool, depth: int) -> Fraction:

@@ -9,8 +9,8 @@ import functools
 import inspect
 import math
 import operator
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from lmjax.rl.rollouts import Rollout
 from lmjax.rl.workers import Failure, Workers
 
 RAISED, TIMED_OUT, NOT_A_NUMBER = "raised", "timed out", "not a number"
+# How a rollout ends whose environment broke, and where in its record the reason is: no reward judges it.
+FAILED, FAILURE = "failed", "environment_failure"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,22 @@ class Reward:
             raise UserError(f"the reward {self.name!r} is async, so it needs no process of its own; set apart=False.")
 
 
+class Missing(NamedTuple):
+    """A number that is not there, though it should be.
+
+    Attributes:
+      rollout: its place among the rollouts.
+      reward: whose number; "environment" where none was asked.
+      kind: "raised", "timed out", "not a number", or "failed" for an environment.
+      text: what was said.
+    """
+
+    rollout: int
+    reward: str
+    kind: str
+    text: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Scores:
     """What rollouts were found to be worth.
@@ -65,14 +83,23 @@ class Scores:
       names, weights: of the K rewards.
       values: float64 [K, N]; NaN where a reward does not apply or failed. Rewards of steps count by their sum.
       steps: of each rollout, the (end, weighted number) of its steps, in order.
-      failures: (reward, kind) -> how many, and what the first one said.
+      missing: every number that is not there because something failed.
     """
 
     names: tuple[str, ...]
     weights: tuple[float, ...]
     values: np.ndarray
     steps: tuple[tuple[tuple[int, float], ...], ...]
-    failures: Mapping[tuple[str, str], tuple[int, str]] = dataclasses.field(default_factory=dict)
+    missing: tuple[Missing, ...] = ()
+
+    @property
+    def failures(self) -> dict[tuple[str, str], tuple[int, str]]:
+        """(reward, kind) -> how many, and what the first one said."""
+        found: dict[tuple[str, str], tuple[int, str]] = {}
+        for one in self.missing:
+            count, first = found.get((one.reward, one.kind), (0, one.text))
+            found[one.reward, one.kind] = count + 1, first
+        return found
 
     @property
     def total(self) -> np.ndarray:
@@ -82,8 +109,12 @@ class Scores:
         return np.where(np.isnan(self.values).all(axis=0), np.nan, found)
 
     def take(self, index: Sequence[int]) -> Scores:
-        """Those of some rollouts; failures are left behind."""
-        return Scores(self.names, self.weights, self.values[:, list(index)], tuple(self.steps[i] for i in index))
+        """Those of some rollouts, in that order."""
+        missing = tuple(
+            one._replace(rollout=n) for n, i in enumerate(index) for one in self.missing if one.rollout == i
+        )
+        steps = tuple(self.steps[i] for i in index)
+        return Scores(self.names, self.weights, self.values[:, list(index)], steps, missing)
 
     def metrics(self) -> dict[str, float]:
         """Mean and spread of the sum and of each reward, by the names that practitioners expect."""
@@ -99,10 +130,15 @@ class Scores:
 
     def report(self) -> list[str]:
         """A sentence for each kind of failure."""
-        return [
-            f"the reward {name!r} of {count} of {self.values.shape[1]} rollouts is missing ({kind}), the first: {text}"
-            for (name, kind), (count, text) in self.failures.items()
-        ]
+        found, number = [], self.values.shape[1]
+        for (name, kind), (count, text) in self.failures.items():
+            if kind == FAILED:
+                found.append(f"the environment of {count} of {number} rollouts failed, the first: {text}")
+            else:
+                found.append(
+                    f"the reward {name!r} of {count} of {number} rollouts is missing ({kind}), the first: {text}"
+                )
+        return found
 
 
 def join_scores(parts: Sequence[Scores]) -> Scores:
@@ -113,18 +149,21 @@ def join_scores(parts: Sequence[Scores]) -> Scores:
     """
     if len({(part.names, part.weights) for part in parts}) != 1:
         raise UserError(f"{len(parts)} lots of scores are to be joined; give at least 1, all by the same rewards.")
-    failures: dict[tuple[str, str], tuple[int, str]] = {}
+    missing: list[Missing] = []
+    before = 0
     for part in parts:
-        for key, (count, text) in part.failures.items():
-            known, first = failures.get(key, (0, text))
-            failures[key] = known + count, first
+        missing += [one._replace(rollout=before + one.rollout) for one in part.missing]
+        before += part.values.shape[1]
     values = np.concatenate([part.values for part in parts], axis=1)
     steps = tuple(own for part in parts for own in part.steps)
-    return Scores(parts[0].names, parts[0].weights, values, steps, failures)
+    return Scores(parts[0].names, parts[0].weights, values, steps, tuple(missing))
 
 
 class Judge:
     """Scores rollouts in a thread, and where rewards ask for it in processes. Close it, or use it in a `with`.
+
+    What goes wrong is counted and told (`Scores.missing`), and the run goes on. Episodes whose environment failed are
+    judged by nothing.
 
     Args:
       rewards: at least one, of different names.
@@ -171,20 +210,24 @@ class Judge:
     def _score(self, rollouts: list[Rollout]) -> Scores:
         values = np.full((len(self.rewards), len(rollouts)), np.nan)
         steps: list[list[tuple[int, float]]] = [[] for _ in rollouts]
-        failures: dict[tuple[str, str], tuple[int, str]] = {}
-        for k, (reward, results) in enumerate(zip(self.rewards, self._results(rollouts))):
-            for i, found in enumerate(results):
+        whole = [i for i, rollout in enumerate(rollouts) if rollout.finish != FAILED]
+        missing = [
+            Missing(i, "environment", FAILED, str(rollout.record.get(FAILURE, "it does not say why")))
+            for i, rollout in enumerate(rollouts)
+            if rollout.finish == FAILED
+        ]
+        for k, (reward, results) in enumerate(zip(self.rewards, self._results([rollouts[i] for i in whole]))):
+            for i, found in zip(whole, results):
                 result = _checked(found, len(rollouts[i].tokens))
                 if isinstance(result, Failure):
-                    count, first = failures.get((reward.name, result.kind), (0, result.text))
-                    failures[reward.name, result.kind] = count + 1, first
+                    missing.append(Missing(i, reward.name, *result))
                 elif isinstance(result, float):
                     values[k, i] = result
                 elif result is not None:
                     values[k, i] = math.fsum(number for _, number in result)
                     steps[i] += [(end, reward.weight * number) for end, number in result]
         names, weights = zip(*((reward.name, reward.weight) for reward in self.rewards))
-        return Scores(names, weights, values, tuple(tuple(sorted(own)) for own in steps), failures)
+        return Scores(names, weights, values, tuple(tuple(sorted(own)) for own in steps), tuple(missing))
 
     def _results(self, rollouts: list[Rollout]) -> list[list[Any]]:
         """What each reward gave for each rollout, or a failure. Processes work while the others run here."""
@@ -197,7 +240,7 @@ class Judge:
                 found.append([])
         for reward, results in zip(self.rewards, found):
             if reward.together:
-                results += _together(reward.function, rollouts)
+                results += _together(reward.function, rollouts) if rollouts else []
             elif not reward.apart:
                 results += [_tried(reward.function, rollout) for rollout in rollouts]
         # Async functions have only given a promise so far; all of them are waited for at once.
@@ -247,7 +290,7 @@ def _together(function: Callable[..., Any], rollouts: list[Rollout]) -> list[Any
 def _tried(function: Callable[..., Any], argument: Any) -> Any:
     try:
         return function(argument)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return Failure(RAISED, f"{type(error).__name__}: {error}")
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import concurrent.futures
 import importlib
 import multiprocessing
+import os
 import pickle
 import queue
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -71,7 +73,7 @@ class Workers:
         """Ends the processes, those that are at work too."""
         self._closed = True
         for process in list(self._alive):
-            process.kill()  # whoever waits for its answer hears that it died
+            _kill(process)  # whoever waits for its answer hears that it died
         self._threads.shutdown(cancel_futures=True)
         while not self._idle.empty():
             self._end(self._idle.get())
@@ -125,15 +127,25 @@ class Workers:
         """Ends a process, and gives what stands for none."""
         if worker is not None:
             process, pipe = worker
-            process.kill()
+            _kill(process)
             process.join()
             pipe.close()
             self._alive.discard(process)
         return None
 
 
+def _kill(process: Any) -> None:
+    """Ends a process and what it started, such as a program that a reward tries out."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)  # it leads a group of its own, see `_serve`
+    except (AttributeError, OSError):  # where there are no groups, or it is gone
+        process.kill()
+
+
 def _serve(pipe: Any, functions: bytes) -> None:
     """What a process does: waits for a name and an argument, answers."""
+    if hasattr(os, "setsid"):
+        os.setsid()
     try:
         known = pickle.loads(functions)
         importlib.import_module("lmjax.rl.rollouts")  # or the first rollout would pay for it out of its time

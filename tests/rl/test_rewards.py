@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -260,3 +262,49 @@ def test_odd_results(result, kind):
 def test_a_reward_of_all_together_that_gives_no_list():
     scores = judged([rl.Reward("none", lambda rollouts: None, together=True)], [said(), said()])
     assert scores.failures["none", "raised"][0] == 2
+
+
+def starts_a_program(rollout: rl.Rollout) -> float:
+    """Runs a program that never ends, as a reward may that tries out what a policy wrote."""
+    program = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    Path(rollout.text).write_text(str(program.pid))
+    program.wait()
+    return 1.0
+
+
+def test_what_a_process_started_ends_with_it(tmp_path):
+    file = tmp_path / "program"
+    reward = rl.Reward("tries", starts_a_program, apart=True, timeout=2.0)
+    assert judged([reward], [said(str(file))]).failures == {("tries", "timed out"): (1, "after 2.0 seconds")}
+    state, deadline = Path(f"/proc/{file.read_text()}/stat"), time.monotonic() + 30
+    if not Path("/proc/self/stat").exists():
+        pytest.skip("there is no /proc to look into")
+    running = lambda: state.exists() and state.read_text().rpartition(")")[2].split()[0] not in "ZX"
+    while running() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not running()
+
+
+def test_what_is_missing_stays_with_its_rollouts():
+    scores = judged([rl.Reward("text", lambda rollout: float(rollout.text))], [said(t) for t in ("1", "x", "2", "y")])
+    kept = scores.take([3, 0])
+    assert [(one.rollout, one.kind) for one in kept.missing] == [(0, "raised")] and "'y'" in kept.missing[0].text
+    joined = rl.join_scores([scores.take([2]), kept, scores.take([1])])
+    assert np.array_equal(joined.total, [2.0, np.nan, 1.0, np.nan], equal_nan=True)
+    assert [one.rollout for one in joined.missing] == [1, 3] and joined.failures["text", "raised"][0] == 2
+
+
+def test_episodes_that_broke_are_judged_by_nothing():
+    asked: list[str] = []
+
+    def function(rollout: rl.Rollout) -> float:
+        asked.append(rollout.text)
+        return 1.0
+
+    rollouts = [said("a"), said("b", finish="failed", environment_failure="OSError: gone"), said("c")]
+    together = rl.Reward("all", lambda lot: [2.0 for _ in lot], together=True)
+    scores = judged([rl.Reward("one", function), together], rollouts)
+    assert np.array_equal(scores.total, [3.0, np.nan, 3.0], equal_nan=True) and asked == ["a", "c"]
+    assert scores.report() == ["the environment of 1 of 3 rollouts failed, the first: OSError: gone"]
+    assert scores.metrics()["rewards/environment/failed"] == 1.0
+    assert np.isnan(judged([together], rollouts[1:2]).total).all()

@@ -97,7 +97,19 @@ def test_penalties_beside_trl():
     ids = [rng.integers(0, 3, n) for n in range(12)]
     said_ids = [dataclasses.replace(said(tokens=len(some)), tokens=some) for some in ids]
     theirs = trl.get_repetition_penalty_reward(3, -2.0)([some.tolist() for some in ids])
-    assert [rl.rewards.repetition(3, 2.0)(rollout) for rollout in said_ids] == pytest.approx(theirs)
+    assert [rl.repetition(3, 2.0)(rollout) for rollout in said_ids] == pytest.approx(theirs)
+
+
+@pytest.mark.reference
+def test_cosine_lengths_beside_trl():
+    trl = pytest.importorskip("trl.rewards.accuracy_rewards", reason="TRL is not installed")
+    pytest.importorskip("math_verify", reason="TRL's reward needs math_verify")
+    theirs = trl.get_cosine_scaled_reward(8, -2.0, -0.25, 0.1, 3.0)
+    ours = rl.cosine_length(V.exact_number(where="boxed"), 8, (3.0, 0.1), (-2.0, -0.25))
+    for text in (r"\boxed{4}", r"\boxed{5}"):
+        for n in range(1, 12):
+            expected = theirs([[{"content": text}]], ["4"], [[1] * n])
+            assert [ours(said(text, tokens=n, answer=4))] == pytest.approx(expected)
 
 
 def test_gsm8k():
@@ -142,6 +154,11 @@ def test_countdown_with_every_number_and_a_mark():
 )  # fmt: skip
 def test_what_is_no_arithmetic(text):
     assert evaluate(text) is None
+
+
+def test_decimals_are_what_is_written():
+    assert evaluate("0.1 + 0.2") == Fraction(3, 10) and evaluate(".5 * 2.") == 1
+    assert evaluate("1.00000000000000000000001") != 1  # to a float it is
 
 
 def test_deep_signs_and_long_sums_are_fine_or_refused_but_never_raise():
@@ -214,8 +231,8 @@ class Pairs(ByteTokenizer):
 def test_verifiers_can_be_sent_to_processes():
     made = [
         V.exact_number(), V.gsm8k(), V.countdown(), V.expression_equals(), V.exact_match(), V.contains(),
-        V.matches("a"), V.tagged("a"), V.length_between(0, 1), V.ended(), V.step_rewards(len, 1),
-        rl.rewards.repetition(),
+        V.matches("a"), V.tagged("a"), V.length_between(0, 1), V.ended(), rl.cosine_length(V.ended(), 4),
+        V.step_rewards(len, 1), rl.repetition(),
     ]  # fmt: skip
     rollout = said("12", answer="12", numbers=[12], target=12)
     for function in made[:-2]:
@@ -236,15 +253,18 @@ def test_marks_that_are_tags_end_at_the_closing_tag():
 
 
 def test_repetition():
-    repeats = rl.rewards.repetition(2)
+    repeats = rl.repetition(2)
     ids = lambda *some: dataclasses.replace(said(tokens=len(some)), tokens=np.array(some))
+    heard = dataclasses.replace(ids(5, 5, 5, 5), own=np.array([True, True, False, False]))  # others may repeat
+    assert repeats(heard) == 0.0
     assert [repeats(ids(1, 2, 3, 4)), repeats(ids(5, 5, 5, 5, 5)), repeats(ids(1))] == [0.0, -0.75, 0.0]
 
 
 @pytest.mark.parametrize(
     ("build", "sentence"),
     [
-        (lambda: rl.rewards.repetition(0), "at least 1"),
+        (lambda: rl.repetition(0), "at least 1"),
+        (lambda: rl.cosine_length(V.ended(), 0), "at least 1"),
         (lambda: V.exact_number(where="first"), "'first'"),
         (lambda: V.matches("("), "no regular expression"),
         (lambda: V.tagged(), "no tags"),
