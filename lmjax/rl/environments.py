@@ -20,11 +20,12 @@ from lmjax.generation.sampler import generate, stream
 from lmjax.models.decoder import Variables
 from lmjax.policy import Policy
 from lmjax.rl.arithmetic import evaluate
+from lmjax.rl.rewards import FAILED, FAILURE
 from lmjax.rl.rollouts import Rollout
 from lmjax.rl.verifiers import read_number, text_ends
 from lmjax.tokenizers.base import Tokenizer
 
-TURNS, FAILURE = "turn_rewards", "environment_failure"  # in the record of an episode
+TURNS = "turn_rewards"  # in the record of an episode, as FAILURE is
 LOOK = 16  # tokens from one look for stop strings to the next
 
 
@@ -67,7 +68,7 @@ class _Episode:
         self.sampling += [0.0] * len(ids)
 
     def fail(self, error: Exception) -> None:
-        self.finish, self.failure = "failed", f"{type(error).__name__}: {error}"
+        self.finish, self.failure = FAILED, f"{type(error).__name__}: {error}"
 
 
 def play(
