@@ -53,20 +53,42 @@ def place_scores(scores: Any, lengths: Any, width: int, position: Position = "la
     return found
 
 
-def kl_costs(logprobs: Any, reference: Any, estimator: Estimator = "k1", held: float | None = None) -> np.ndarray:
-    """An estimate of KL(policy || reference) a token; see `losses.kl_estimate`. `held` bounds the log-ratio."""
-    difference = np.asarray(logprobs, np.float64) - np.asarray(reference, np.float64)
-    if held is not None:
-        difference = np.clip(difference, -held, held)
+def kl_costs(
+    logprobs: Any,
+    reference: Any,
+    estimator: Estimator = "k1",
+    held: float | None = None,
+    largest: float | None = None,
+) -> np.ndarray:
+    """An estimate of KL(policy || reference) at each token; see `losses.kl_estimate`.
+
+    Args:
+      logprobs, reference: of the tokens that the policy said, of one shape.
+      estimator: with d = logprobs - reference: "k1" d, "abs" |d|, "k2" d^2/2, "k3" exp(-d) - 1 + d.
+      held: d is held within +-held (verl's k3: 20).
+      largest: estimates are held within +-largest (verl's k3, and all of OpenRLHF's: 10).
+
+    Raises:
+      UserError: an unknown estimator, or shapes that differ.
+
+    >>> kl_costs([-1.0, -2.0], [-1.5, -1.0], "k2").tolist()
+    [0.125, 0.5]
+    """
+    own, other = np.asarray(logprobs, np.float64), np.asarray(reference, np.float64)
+    if own.shape != other.shape:
+        raise UserError(f"log-probabilities have the shapes {own.shape} and {other.shape}; give one of each a token.")
+    difference = own - other if held is None else np.clip(own - other, -held, held)
     if estimator == "k1":
-        return difference
-    if estimator == "abs":
-        return np.abs(difference)
-    if estimator == "k2":
-        return np.square(difference) / 2
-    if estimator == "k3":
-        return np.expm1(-difference) + difference
-    raise UserError(f"no KL estimator is called {estimator!r}; there are k1, abs, k2 and k3.")
+        found = difference
+    elif estimator == "abs":
+        found = np.abs(difference)
+    elif estimator == "k2":
+        found = np.square(difference) / 2
+    elif estimator == "k3":
+        found = np.expm1(-difference) + difference
+    else:
+        raise UserError(f"no KL estimator is called {estimator!r}; there are k1, abs, k2 and k3.")
+    return found if largest is None else np.clip(found, -largest, largest)
 
 
 def rewards_to_go(rewards: Any, mask: Any, gamma: float = 1.0) -> np.ndarray:
