@@ -15,9 +15,11 @@ FIXTURES = Path(__file__).with_name("estimators.npz")
 
 
 def arrays(variant: str = "") -> dict[str, Any]:
-    """Eight rollouts of two prompts, six tokens wide; "missing": without some scores; "alone": one prompt has one."""
+    """Eight rollouts of two prompts, six tokens wide; "missing": without some scores; "alone": one prompt has one;
+    "seed...": other numbers throughout, of other lengths."""
     i, t = np.arange(8)[:, None], np.arange(6)[None]
-    lengths = np.array([6, 4, 5, 3, 2, 6, 4, 5])
+    random = np.random.default_rng(int(variant[4:])) if variant.startswith("seed") else None
+    lengths = np.array([6, 4, 5, 3, 2, 6, 4, 5]) if random is None else random.integers(1, 7, 8)
     mask = (t < lengths[:, None]) * 1.0
     found = {
         "scores": np.array([1.0, 0.25, -0.5, 2.0, 0.0, 0.7, 0.05, -1.1]),
@@ -31,6 +33,11 @@ def arrays(variant: str = "") -> dict[str, Any]:
         "second": np.array([0.1, 0.9, 0.4, 0.4, 1.0, 0.0, 0.5, 0.2]),
         "kl": 0.3 * np.sin(3.0 * i + t) * mask,
     }
+    if random is not None:
+        for name in ("scores", "second", "given", "values", "rewards", "kl"):
+            found[name] = random.normal(size=found[name].shape) * (mask if name in ("rewards", "kl") else 1)
+        found["tools"] = mask * (random.random(mask.shape) > 0.3)
+        found["tools"][:, 0] = 1
     if variant == "missing":
         found["scores"][[1, 2, 5, 6, 7]] = found["second"][[1, 5, 6, 7]] = np.nan
     if variant == "alone":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import itertools
@@ -38,8 +39,9 @@ def test_the_libraries_themselves(name):
         pytest.skip(f"runs {library}'s own functions (pip install {library})")
     from tests.rl.make_estimator_fixtures import compute
 
-    for key, value in compute(name).items():
-        np.testing.assert_allclose(ours(name)[key], value, rtol=1e-5, atol=1e-6)
+    for case in (name, *(f"{name}/seed{n}" for n in range(5) if "/" not in name)):
+        for key, value in compute(case).items():
+            np.testing.assert_allclose(ours(case)[key], value, rtol=1e-5, atol=1e-5, err_msg=case)
 
 
 def test_the_cases_are_stored_and_differ():
@@ -63,6 +65,18 @@ def test_the_cases_are_stored_and_differ():
 
 groups = st.integers(2, 4).flatmap(lambda n: st.lists(st.integers(2, 5), min_size=n, max_size=n))
 estimators = st.sampled_from([e for e in ESTIMATORS.values() if e.baseline not in ("given", "optimal")])
+
+
+@hypothesis.given(groups, estimators, st.integers(0, 2**31), st.floats(0.01, 100))
+@hypothesis.settings(deadline=None, max_examples=50)
+def test_scores_in_another_unit(sizes, estimator, seed, unit):
+    """What is divided by a deviation has none, but for eps; all else is in the unit of the scores."""
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    scores = np.random.default_rng(seed).normal(size=len(group))
+    estimator = dataclasses.replace(estimator, eps=0.0)
+    free = estimator.scale in ("group", "batch", "whiten")
+    expected = advantages(scores, group, estimator) * (1 if free else unit)
+    np.testing.assert_allclose(advantages(unit * scores, group, estimator), expected, rtol=1e-7, atol=1e-9)
 
 
 @hypothesis.given(groups, estimators, st.integers(0, 2**31), st.floats(-5, 5), st.data())
