@@ -51,6 +51,13 @@ class Curriculum:
     def update(self, prompts: Any, scores: Any) -> None:
         """Takes the scores of rollouts, and the number of each one's prompt."""
         prompts, scores = np.asarray(prompts), np.asarray(scores, np.float64)
+        if prompts.shape != scores.shape or (
+            len(prompts) and not 0 <= prompts.min() <= prompts.max() < len(self.rates)
+        ):
+            raise UserError(
+                f"{prompts.shape} prompts and {scores.shape} scores for a curriculum of {len(self.rates)} prompts; "
+                "give one score for each, and numbers of known prompts."
+            )
         for number in np.unique(prompts):
             own = scores[(prompts == number) & np.isfinite(scores)]
             if not len(own):
@@ -66,6 +73,8 @@ class Curriculum:
         return {"rates": [None if np.isnan(rate) else float(rate) for rate in self.rates]}
 
     def set_state(self, state: dict[str, Any]) -> None:
+        if len(state["rates"]) != len(self.rates):
+            raise UserError(f"the state is of {len(state['rates'])} prompts and the curriculum of {len(self.rates)}.")
         self.rates = np.array([np.nan if rate is None else rate for rate in state["rates"]])
 
 

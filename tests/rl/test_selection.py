@@ -117,6 +117,9 @@ def test_a_run_with_replay_is_off_policy_and_goes_on_bit_for_bit():
 @pytest.mark.parametrize(
     ("build", "sentence"),
     [
+        (lambda: rl.Curriculum(2).update([2], [1.0]), "curriculum of 2 prompts"),
+        (lambda: rl.Curriculum(2).update([0, 1], [1.0]), "one score for each"),
+        (lambda: rl.Curriculum(2).set_state(rl.Curriculum(3).get_state()), "state is of 3"),
         (lambda: rl.Replay(0, oldest=1), "size 0"),
         (lambda: rl.Replay(1, oldest=1, share=1.0), "share 1.0"),
         (lambda: rl.Replay(1, oldest=1).mixing(roll_out, rl.Plan(4, 2, 3, 2)), "stale=1"),
