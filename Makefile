@@ -14,8 +14,8 @@ help: ## this text
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1|/' | awk -F'|' '{printf "%-17s %s\n", $$1, $$2}'
 	@echo "PYTHON=$(PYTHON) (found: $(VERSION)) makes the environment, VENV=$(VENV) is where it lives."
 
-quickstart: $(STAMP) ## pretrain on the built-in corpus, evaluate, sample, plot (minutes, two CPU cores)
-	$(BIN)/python -m experiments.pretrain --config configs/pretrain/quickstart.py
+quickstart: $(STAMP) ## a small model from nothing to reasoning: pretrain, SFT, DPO, GRPO (minutes, two CPU cores)
+	$(BIN)/python -m experiments.ladder
 
 test: lint typecheck ## lint, types and tests, as CI runs them
 	$(BIN)/python -m pytest -n 2 -q

@@ -79,9 +79,14 @@ def questions(random: np.random.Generator, count: int, largest: int, but: Iterab
 
 
 def text(random: np.random.Generator, largest: int, lines: int, wrong: float) -> str:
-    """Sums and differences as they stand in text and in code; some share of them is wrong."""
+    """Sums and differences as they stand in text and in code, some share of them wrong, and things said twice."""
     found = []
     for _ in range(lines):
+        if random.random() < 0.25:
+            said = question(random, largest)
+            words = f"{said.a}{said.first}{said.b}{said.second}{said.c}"
+            found.append(f"echo {words}\n{words}")
+            continue
         a, b = int(random.integers(-largest, 2 * largest + 1)), int(random.integers(1, largest + 1))
         sign = str(random.choice(["+", "-"]))
         value = apply(a, sign, b) + (int(random.integers(-3, 4)) if random.random() < wrong else 0)

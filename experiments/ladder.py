@@ -90,8 +90,8 @@ def rungs(config: LadderConfig, folder: Path) -> dict[str, tuple[Any, Any]]:
         "dpo": (dpo, DpoConfig(
             model=below("sft"),
             data=PreferenceConfig(path=str(data / "dpo.jsonl"), template="none", max_length=64, seed=config.seed),
-            objective="dpo(beta=0.1) + 0.5 * chosen_nll()",
-            adapter=whole, optimizer=adam, schedule=ScheduleConfig(peak=3e-4, warmup_steps=5),
+            objective="dpo(beta=1.0) + chosen_nll()",
+            adapter=whole, optimizer=adam, schedule=ScheduleConfig(peak=5e-5, warmup_steps=5),
             loop=LoopConfig(steps=config.dpo_steps, **few), checkpoint=last, batch_size=16, sample_tokens=40,
             seed=config.seed,
         )),
@@ -102,8 +102,8 @@ def rungs(config: LadderConfig, folder: Path) -> dict[str, tuple[Any, Any]]:
             ),
             rewards=(arithmetic.REWARD,),
             objective="dapo()",
-            rollout=Plan(prompts=32, samples=8, max_new_tokens=32, max_prompt=0),
-            adapter=whole, optimizer=adam, schedule=ScheduleConfig(kind="constant", peak=5e-4, warmup_steps=5),
+            rollout=Plan(prompts=32, samples=8, max_new_tokens=32, max_prompt=0, temperature=0.7),
+            adapter=whole, optimizer=adam, schedule=ScheduleConfig(kind="constant", peak=3e-4, warmup_steps=20),
             loop=LoopConfig(steps=config.grpo_steps, eval_every=20, log_every=1, prefetch=0), checkpoint=last,
             evaluations=config.held_out, seed=config.seed,
         )),
@@ -212,7 +212,7 @@ def picture(ladders: list[dict[str, Any]], path: Path, *metrics: Path) -> Path:
         left.errorbar(range(4), heights, yerr=errors, marker="o", capsize=3, color=f"C{number}")
         if len(ladders) == 1:
             for x, height in enumerate(heights):
-                left.annotate(f"{height:.0%}", (x, height), xytext=(6, -12), textcoords="offset points", fontsize=9)
+                left.annotate(f"{height:.0%}", (x, height), xytext=(7, 5), textcoords="offset points", fontsize=9)
     for number, file in enumerate(metrics):
         records = [r for r in read_metrics(file) if "validation/accuracy" in r]
         steps, values = [r["step"] for r in records], [r["validation/accuracy"] for r in records]
@@ -222,7 +222,8 @@ def picture(ladders: list[dict[str, Any]], path: Path, *metrics: Path) -> Path:
     left.set_title("the ladder", loc="left")
     right.set_title("the last rung", loc="left")
     right.set_xlabel("updates")
-    left.set_ylim(0, 1.03)
+    left.set_ylim(-0.03, 1.08)
+    left.margins(x=0.12)
     for axes in (left, right):
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)

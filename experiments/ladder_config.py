@@ -19,7 +19,7 @@ class LadderConfig:
       solutions: worked ones that are shown.
       sft_steps: batches of them.
       pairs: preferences between a right solution and a wrong one.
-      dpo_steps: batches of 32 pairs.
+      dpo_steps: batches of 16 rows of pairs.
       grpo_steps: iterations of 32 questions, 8 rollouts each.
       held_out: questions that no rung ever sees, by which each is judged.
       seed: of everything.
@@ -29,11 +29,11 @@ class LadderConfig:
     documents: int = 12_000
     wrong: float = 0.1
     pretrain_steps: int = 500
-    solutions: int = 48
-    sft_steps: int = 60
-    pairs: int = 96
+    solutions: int = 160
+    sft_steps: int = 120
+    pairs: int = 1000
     dpo_steps: int = 30
-    grpo_steps: int = 120
+    grpo_steps: int = 150
     held_out: int = 512
     seed: int = 0
 
@@ -44,5 +44,5 @@ class LadderConfig:
         if not 0 <= self.wrong < 1:
             raise UserError(f"wrong is {self.wrong}; give a share from 0 up to, not including, 1")
         most = 4 * self.largest**3
-        if self.solutions + self.pairs + self.held_out > most // 2:
+        if self.solutions + self.pairs + self.held_out > 0.8 * most:
             raise UserError(f"there are {most} questions about numbers up to {self.largest}; ask fewer, or raise it")

@@ -8,6 +8,7 @@ model of its own (--critic model).
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import lmjax as lm
@@ -22,7 +23,7 @@ def run(config: PpoConfig, options: command_line.Options) -> int:
     apart = config.critic == "model"
     text = config.objective
     if apart:  # the critic is a role of its own
-        text = text.replace("value_loss(", "value_loss(role='critic', ").replace(", )", ")")
+        text = re.sub(r"value_loss\(([^)]*)\)", r"value_loss(\1, role='critic')", text).replace("(, ", "(")
     objective = lm.objectives.parse_objective(text)
     values = rl.Reading("values", _critic if apart else None)
 

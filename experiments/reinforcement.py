@@ -82,7 +82,7 @@ def run(config: ReinforcementConfig, options: command_line.Options, method: Meth
     beyond = list(range(model.tokenizer.vocab_size, policy.config.vocab_size))  # they have no text
     sampling: dict[str, Any] = dict(
         max_new_tokens=config.rollout.max_new_tokens, eos=stops, tokenizer=model.tokenizer,
-        processors=[lm.generation.suppress(beyond)] if beyond else [],
+        processors=[lm.generation.suppress(beyond)] if beyond else [], mesh=mesh if mesh.size > 1 else None,
     )  # fmt: skip
 
     def roll_out(variables: Any, prompts: Any, key: Any, **numbers: Any) -> list[Any]:

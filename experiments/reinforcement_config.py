@@ -87,6 +87,10 @@ class GrpoConfig(ReinforcementConfig):
     estimator: str = "trl_grpo"
     process: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _compared(self.rollout)
+
 
 @dataclasses.dataclass(frozen=True)
 class ReinforceConfig(ReinforcementConfig):
@@ -102,6 +106,19 @@ class ReinforceConfig(ReinforcementConfig):
     objective: str = "reinforce()"
     baseline: Literal["none", "batch", "group", "leave_one_out", "optimal", "running"] = "leave_one_out"
     whitened: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.baseline in ("group", "leave_one_out", "optimal"):
+            _compared(self.rollout)
+
+
+def _compared(plan: Plan) -> None:
+    if plan.samples < 2:
+        raise UserError(
+            "a prompt has a single rollout, which cannot be compared with others of its group; set rollout.samples to "
+            "2 or more, or take experiments.reinforce with --baseline batch"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

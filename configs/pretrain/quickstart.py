@@ -1,4 +1,4 @@
-"""A language model of Python source in a few minutes on two CPU cores: what `make quickstart` runs.
+"""A language model of Python source in a few minutes on two CPU cores.
 
 The text is that of the running Python's own standard library, so nothing is downloaded. It ends with the bits a
 byte of held-out modules, before and after, beside those of bigram counts and of gzip.

@@ -187,6 +187,58 @@ def _drift(ax: Any, records: Sequence[Record]) -> None:
     ax.legend(frameon=False, labelcolor=_INK)
 
 
+def _rewards(ax: Any, records: Sequence[Record]) -> None:
+    _style(ax, "Reward", "of a rollout")
+    _both(ax, records, "reward")
+
+
+def _completions(ax: Any, records: Sequence[Record]) -> None:
+    _style(ax, "Length of rollouts", "tokens")
+    steps, values = _series(records, "completions/mean_length")
+    _noisy(ax, steps, values, "mean length")
+    cut = _series(records, "completions/clipped_ratio")[1]
+    if cut:
+        ax.set_title(f"{100 * cut[-1]:.0f} % cut off", loc="right", fontsize=10, color=_INK)
+    ax.set_ylim(bottom=0)
+
+
+def _certainty(ax: Any, records: Sequence[Record]) -> None:
+    _style(ax, "Entropy of what is said", "nats a token")
+    _noisy(ax, *_series(records, "rollout/entropy"), "entropy")
+    ax.set_ylim(bottom=0)
+
+
+def _idle(ax: Any, records: Sequence[Record]) -> None:
+    _style(ax, "Prompts whose rollouts were judged alike, and clipped tokens", "share")
+    for key, color, label in (
+        ("frac_reward_zero_std", _BLUE, "prompts that teach nothing"),
+        ("clip_ratio/region", _ORANGE, "tokens beyond the clip"),
+    ):
+        steps, values = _series(records, key)
+        if values:
+            ax.plot(steps, smooth(values, len(values) / 50), color=color, linewidth=1.8, label=label)
+    ax.set_ylim(0, 1.03)
+    ax.legend(frameon=False, labelcolor=_INK)
+
+
+def _distance(ax: Any, records: Sequence[Record]) -> None:
+    _style(ax, "KL to the model before", "nats a token in the loss, nats a rollout in the reward")
+    for key, color, label in (
+        ("loss/kl_reference", _BLUE, "in the loss"),
+        ("objective/kl", _ORANGE, "in the reward"),
+    ):
+        steps, values = _series(records, key)
+        if values:
+            ax.plot(steps, smooth(values, len(values) / 50), color=color, linewidth=1.8, label=label)
+    ax.legend(frameon=False, labelcolor=_INK)
+
+
+def _critic(ax: Any, records: Sequence[Record]) -> None:
+    _style(ax, "What the critic explains", "share of the returns' variance")
+    _noisy(ax, *_series(records, "val/explained_variance"), "explained variance")
+    ax.set_ylim(-1.03, 1.03)
+
+
 def _both(ax: Any, records: Sequence[Record], key: str) -> None:
     """A series in training and on held-out examples."""
     steps, values = _series(records, key)
@@ -206,6 +258,12 @@ _PANELS = (
     ("reward_margins", ("rewards/margins", "validation/rewards/margins"), _margins),
     ("accuracies", ("rewards/accuracies", "validation/rewards/accuracies"), _accuracies),
     ("answer_logprobs", ("logps/chosen",), _drift),
+    ("reward", ("reward",), _rewards),
+    ("completions", ("completions/mean_length",), _completions),
+    ("entropy", ("rollout/entropy",), _certainty),
+    ("signal", ("frac_reward_zero_std",), _idle),
+    ("kl", ("loss/kl_reference", "objective/kl"), _distance),
+    ("critic", ("val/explained_variance",), _critic),
 )
 
 
