@@ -115,17 +115,19 @@ def covariance(logprobs: jax.Array, advantages: jax.Array, mask: jax.Array) -> j
     return jax.lax.stop_gradient(jnp.where(inside, centred(advantages) * centred(logprobs), 0.0))
 
 
-def correction(weight: jax.Array, mode: Correction, low: float | None = None, high: float = 3.0) -> jax.Array:
+def correction(
+    weight: jax.Array, mode: Correction, low: float | None = None, high: float | None = 3.0
+) -> jax.Array:
     """An importance weight of trainer over sampler, held within its bounds, or 0 beyond them. Without gradient.
 
     Args:
       weight: of tokens, or of whole sequences where the mode says so.
       mode: "..._truncate" clips, "..._mask" gives 0 outside.
-      low, high: the bounds; no lower one if None.
+      low, high: the bounds; None for none.
     """
     if mode.endswith("truncate"):
         return jax.lax.stop_gradient(jnp.clip(weight, low, high))
-    outside = (weight > high) | (weight < (0.0 if low is None else low))
+    outside = (weight > (jnp.inf if high is None else high)) | (weight < (0.0 if low is None else low))
     return jax.lax.stop_gradient(jnp.where(outside, 0.0, weight))
 
 

@@ -5,8 +5,8 @@ from lmjax._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     submodules=("algebra", "covariance", "evaluation", "expressions", "importance", "matching", "pairs", "pluralistic",
-                "policy_gradient", "preferences",
-                "reducers", "reward_models", "terms", "tracing"),
+                "policy_gradient", "preferences", "presets",
+                "reducers", "reward_models", "segments", "terms", "tracing"),
     names={
         "algebra": ["Objective", "Role", "Term", "term"],
         "covariance": ["clip_cov", "kl_cov"],
@@ -60,6 +60,15 @@ __getattr__, __dir__, __all__ = attach(
             "sppo",
             "tpo",
             "unlikelihood",
+        ],
+        "presets": [
+            "openrlhf_actor",
+            "openrlhf_critic",
+            "trl_grpo",
+            "trl_ppo",
+            "trl_rloo",
+            "verl_actor",
+            "verl_critic",
         ],
         "reward_models": ["bradley_terry", "plackett_luce", "process_reward"],
         "reducers": [

@@ -8,11 +8,11 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lmjax.batch import RolloutBatch
+from lmjax.batch import Batch, RolloutBatch
 from lmjax.errors import UserError
 from lmjax.losses import policy_gradient
 from lmjax.losses.policy_gradient import Correction
-from lmjax.objectives.reducers import per_sequence
+from lmjax.objectives.segments import segment_sums
 
 Clip = float | tuple[float, float]
 Level = Literal["token", "sequence", "sequence_token", "sequence_sum"]
@@ -35,7 +35,7 @@ class Weighing:
         (arXiv:2506.01939). Below 1 it couples the rows of a batch.
       correct: weigh by pi_old over what tokens were drawn from in fact (`sampling_logprobs`), as `losses.correction`
         bounds it; None: not.
-      low, high: bounds of that.
+      low, high: bounds of that; None for none.
     """
 
     level: Level = "token"
@@ -44,7 +44,7 @@ class Weighing:
     top_entropy: float = 1.0
     correct: Correction | None = None
     low: float | None = None
-    high: float = 3.0
+    high: float | None = 3.0
 
     def __post_init__(self) -> None:
         if self.level not in LEVELS:
@@ -95,7 +95,7 @@ class Ratios(NamedTuple):
     mask: jax.Array
 
 
-def ratios(outputs: Any, batch: RolloutBatch, how: Weighing) -> Ratios:
+def ratios(outputs: Any, batch: Batch, how: Weighing) -> Ratios:
     """The importance ratios of a batch of rollouts.
 
     Raises:
@@ -122,12 +122,12 @@ def ratios(outputs: Any, batch: RolloutBatch, how: Weighing) -> Ratios:
 def sequence_totals(values_BT: jax.Array, batch: RolloutBatch) -> jax.Array:
     """The sum over each token's sequence of what the mask keeps, at every token: [B, T]."""
     mask = batch.mask.astype(jnp.float32)
-    return per_sequence(jnp.where(mask != 0, values_BT, 0.0) * mask, batch.sequences)
+    return segment_sums(jnp.where(mask != 0, values_BT, 0.0) * mask, batch.sequences)[0]
 
 
 def sequence_lengths(batch: RolloutBatch) -> jax.Array:
     """How many tokens of each token's sequence the mask keeps, [B, T]."""
-    return per_sequence(batch.mask.astype(jnp.float32), batch.sequences)
+    return segment_sums(batch.mask.astype(jnp.float32), batch.sequences)[0]
 
 
 def sampler_weights(batch: RolloutBatch, how: Weighing, old: jax.Array) -> jax.Array:
@@ -165,7 +165,7 @@ def token_weights(outputs: Any, batch: RolloutBatch, how: Weighing, found: Ratio
     return product
 
 
-def least_certain(entropy_BT: jax.Array, batch: RolloutBatch, share: float) -> jax.Array:
+def least_certain(entropy_BT: jax.Array, batch: Batch, share: float) -> jax.Array:
     """1 at the tokens of the batch whose entropy is at or above its quantile 1 - share, else 0. [B, T]."""
     entropy = jax.lax.stop_gradient(entropy_BT)
     inside = batch.mask > 0

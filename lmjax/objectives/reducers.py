@@ -12,6 +12,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from lmjax.objectives.segments import segment_sums
+
 
 @dataclasses.dataclass(frozen=True)
 class Reducer:
@@ -31,30 +33,17 @@ class Reducer:
         return mask, (jnp.ones(()) if self.name == "token_sum" else jnp.sum(mask))
 
 
-def _per_sequence(values_BT: jax.Array, segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sum of the values over each token's own sequence, [B, T], and per possible sequence, [B * (T + 1)]."""
-    B, T = values_BT.shape
-    ids = (jnp.arange(B)[:, None] * (T + 1) + jnp.clip(segments_BT, 0, T)).reshape(-1)
-    sums = jax.ops.segment_sum(values_BT.reshape(-1), ids, B * (T + 1))
-    return sums[ids].reshape(B, T), sums
-
-
-def per_sequence(values_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
-    """The sum of the values over each token's own sequence, [B, T]."""
-    return _per_sequence(values_BT, segments_BT)[0]
-
-
 def _token_mean(mask: jax.Array, segments: jax.Array) -> tuple[jax.Array, jax.Array]:
     return mask, jnp.sum(mask)
 
 
 def _sequence_mean(mask: jax.Array, segments: jax.Array) -> tuple[jax.Array, jax.Array]:
-    own, sums = _per_sequence(mask, segments)
+    own, sums = segment_sums(mask, segments)
     return jnp.where(own > 0, mask / jnp.where(own > 0, own, 1.0), 0.0), jnp.sum(sums > 0).astype(jnp.float32)
 
 
 def _sequence_sum_mean(mask: jax.Array, segments: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return mask, jnp.sum(_per_sequence(mask, segments)[1] > 0).astype(jnp.float32)
+    return mask, jnp.sum(segment_sums(mask, segments)[1] > 0).astype(jnp.float32)
 
 
 def _token_sum(mask: jax.Array, segments: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -81,7 +70,7 @@ def constant_horizon(horizon: int) -> Reducer:
     """
 
     def reduce(mask: jax.Array, segments: jax.Array) -> tuple[jax.Array, jax.Array]:
-        present = _per_sequence((segments > 0).astype(jnp.float32), segments)[1] > 0
+        present = segment_sums((segments > 0).astype(jnp.float32), segments)[1] > 0
         return mask, jnp.sum(present).astype(jnp.float32) * horizon
 
     return Reducer("constant_horizon", reduce)

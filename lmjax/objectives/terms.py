@@ -11,6 +11,7 @@ from lmjax.batch import Batch
 from lmjax.errors import UserError
 from lmjax.losses import divergences, tokens
 from lmjax.objectives.algebra import Objective, Term
+from lmjax.objectives.importance import Level, Weighing, least_certain, ratios
 from lmjax.objectives.reducers import Reducer, token_mean
 
 
@@ -46,16 +47,31 @@ def z_loss(*, reducer: Reducer = token_mean) -> Objective:
     return _objective("z_loss", lambda outputs, batch: (jnp.square(outputs.logsumexp), batch.mask), reducer)
 
 
-def entropy(*, reducer: Reducer = token_mean) -> Objective:
-    """Entropy of the next-token distribution, in nats. Subtract it to reward exploration."""
-    return _objective("entropy", lambda outputs, batch: (outputs.entropy, batch.mask), reducer)
+def entropy(*, top: float = 1.0, reducer: Reducer = token_mean) -> Objective:
+    """Entropy of the next-token distribution, in nats. Subtract it to reward exploration.
+
+    Args:
+      top: of this share of the batch's tokens only, the least certain ones, as `Weighing.top_entropy` has it. Below 1
+        it couples the rows of a batch.
+      reducer: see `lmjax.objectives.reducers`.
+    """
+    if not 0.0 < top <= 1.0:
+        raise UserError(f"top is {top}; give a share above 0 and up to 1.")
+
+    def function(outputs: Any, batch: Batch) -> Any:
+        mask = batch.mask if top == 1.0 else batch.mask * least_certain(outputs.entropy, batch, top)
+        return outputs.entropy, mask
+
+    return _objective("entropy", function, reducer, (), top < 1.0)
 
 
 def kl(
     role: str = "reference",
     *,
     estimator: divergences.KLEstimator = "k3",
-    gradient: Literal["own", "weighted", "k2"] = "own",
+    gradient: Literal["own", "weighted", "k2", "weighted_k2"] = "own",
+    level: Level = "token",
+    cap: float | None = None,
     held: float | None = None,
     largest: float | None = None,
     reducer: Reducer = token_mean,
@@ -63,7 +79,7 @@ def kl(
     """Estimate of KL(policy || role) from the batch's own tokens, which the policy should have sampled.
 
     Read `losses.kl_estimate` before choosing: as a loss, k1 has zero expected gradient, k2 that of KL(policy || role),
-    and k3 that of KL(role || policy). Two ways to the right gradient with another estimator's value are `gradient`s.
+    and k3 that of KL(role || policy). The ways to the right gradient with another estimator's value are `gradient`s.
 
     Args:
       role: the other model's role.
@@ -71,23 +87,36 @@ def kl(
       gradient: "own": the estimate is differentiated. "weighted": so is the importance ratio that it is multiplied by,
         pi / pi_old where the batch has `old_logprobs` (TRL's bias correction; DeepSeek-V3.2): right for k1 and k3, on
         the policy's own tokens and on others. "k2": the value of the estimator with the gradient of k2 (verl's "k1+"
-        and "k3+").
+        and "k3+"), right on the policy's own tokens. "weighted_k2": that times the importance ratio, itself without
+        gradient (OpenRLHF's unbiased gradient): right on others too.
+      level: of the importance ratio, as in `Weighing` (TRL's GSPO: "sequence").
+      cap: largest importance ratio; None for none.
       held, largest: bounds of the log-ratio and of the estimate; None for none.
       reducer: see `lmjax.objectives.reducers`.
     """
     if estimator not in ("k1", "abs", "k2", "k3"):
         raise UserError(f"no KL estimator is called {estimator!r}; there are k1, abs, k2 and k3.")
-    if gradient not in ("own", "weighted", "k2"):
-        raise UserError(f"a KL estimate has no gradient {gradient!r}; there are own, weighted and k2.")
+    if gradient not in ("own", "weighted", "k2", "weighted_k2"):
+        raise UserError(f"a KL estimate has no gradient {gradient!r}; there are own, weighted, k2 and weighted_k2.")
+    weighing = Weighing(level=level)
+
+    def weight(outputs: Any, batch: Batch) -> jax.Array:
+        if level != "token":
+            found = ratios(outputs, batch, weighing).ratio
+        else:
+            old = getattr(batch, "old_logprobs", None)
+            found = jnp.exp(outputs.logprobs - (jax.lax.stop_gradient(outputs.logprobs) if old is None else old))
+        return found if cap is None else jnp.minimum(found, cap)
 
     def function(outputs: Any, batch: Batch, other: Any) -> Any:
         own = outputs.logprobs
         values = divergences.kl_estimate(own, other.logprobs, estimator, held, largest)
         if gradient == "weighted":
-            old = getattr(batch, "old_logprobs", None)
-            values = values * jnp.exp(own - (jax.lax.stop_gradient(own) if old is None else old))
-        elif gradient == "k2":
+            values = values * weight(outputs, batch)
+        elif gradient != "own":
             pull = divergences.kl_estimate(own, other.logprobs, "k2")
+            if gradient == "weighted_k2":
+                pull = jax.lax.stop_gradient(weight(outputs, batch)) * pull
             values = pull + jax.lax.stop_gradient(values - pull)
         return values, batch.mask
 

@@ -2,7 +2,7 @@
 
     python -m tests.objectives.make_rollout_fixtures
 
-Needs torch, trl 1.16 and verl 0.9.1. Their own methods run, on objects that hold just what they read.
+Needs torch, trl 1.16, verl 0.9.1 and openrlhf 0.11.2. Their own methods run, on objects that hold just what they read.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.objectives.rollout_cases import CASES, FIXTURES, HORIZON, numbers
+from tests.objectives.rollout_cases import CASES, FIXTURES, HORIZON, is_value, numbers
 
 TRL_DEFAULTS = dict(
     loss_type="dapo", importance_sampling_level="token", epsilon_low=0.2, epsilon_high=0.2, beta=0.0,
@@ -28,9 +28,11 @@ def compute(name: str) -> tuple[float, np.ndarray]:
 
     case = CASES[name]
     given = {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers().items()}
-    leaf = given["values" if case.peer == "value" else "logprobs"].requires_grad_()
+    leaf = given["values" if is_value(case) else "logprobs"].requires_grad_()
     if case.peer in ("trl", "rloo"):
         loss = _trl(case, given)
+    elif case.peer == "openrlhf":
+        loss = _openrlhf(case, given)
     else:
         loss = _verl(case, given)
     (gradient,) = torch.autograd.grad(loss, leaf)
@@ -87,6 +89,7 @@ def _trl(case: Any, given: dict[str, Any]) -> Any:
 
 def _verl(case: Any, given: dict[str, Any]) -> Any:
     from verl.trainer.ppo import core_algos
+    from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_weights
     from verl.workers.config import ActorConfig
 
     mask, options = given["mask"], dict(case.options)
@@ -100,6 +103,10 @@ def _verl(case: Any, given: dict[str, Any]) -> Any:
     mode = options.pop("loss_agg_mode", "token-mean")
     of_loss = ("dro_beta", "clip_cov_ratio", "clip_cov_lb", "clip_cov_ub", "kl_cov_ratio", "ppo_kl_coef")
     of_loss = {name: options.pop(name) for name in of_loss if name in options}
+    weights = None
+    if "rollout_is" in options:
+        level, most = options.pop("rollout_is"), options.pop("rollout_is_threshold")
+        weights = compute_rollout_correction_weights(given["old"] - given["sampling"], mask, level, most)[0]
     if "clip_ratio" in options:
         options |= {"clip_ratio_low": options["clip_ratio"], "clip_ratio_high": options["clip_ratio"]}
     config = ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, **options)
@@ -107,7 +114,43 @@ def _verl(case: Any, given: dict[str, Any]) -> Any:
         object.__setattr__(config.policy_loss, name, value)
     advantages = given["advantages"][:, None] * mask
     loss = core_algos.get_policy_loss_fn(case.peer)
-    return loss(given["old"], given["logprobs"], advantages, mask, mode, config)[0]
+    return loss(given["old"], given["logprobs"], advantages, mask, mode, config, weights)[0]
+
+
+def _openrlhf(case: Any, given: dict[str, Any]) -> Any:
+    PolicyLoss, ValueLoss, aggregate_loss, compute_approx_kl = _parts_of_openrlhf()
+    options, mask, lp, old = dict(case.options), given["mask"], given["logprobs"], given["old"]
+    if is_value(case):
+        return ValueLoss(options["value_clip"])(given["values"], given["old_values"], given["returns"], mask)
+    coefficient = options.pop("kl_coef", 0.0) * options.pop("use_kl_loss", False)
+    kl = dict(kl_estimator=options.pop("kl_estimator", "k1"), unbiased_gradient=options.pop("unbiased_gradient", False))
+    low, high = options.pop("eps_clip_low_high", (0.2, 0.2))
+    made = PolicyLoss(
+        low, high, token_level_loss=options.pop("loss_agg_mode", "token-mean") == "token-mean",
+        is_correction_level="token" if "is_correction_mode" in options else "off", **options,
+    )  # fmt: skip
+    advantages = given["advantages"][:, None] * mask
+    loss = made(lp, old, advantages, mask, rollout_log_probs=given["sampling"])[0]
+    # As `training_step` of its actor adds it. It makes float32 of log-probabilities, which costs some digits.
+    return loss + coefficient * aggregate_loss(compute_approx_kl(lp, given["reference"], old, **kl), mask)
+
+
+def _parts_of_openrlhf() -> tuple[Any, ...]:
+    """Its losses, without the rest of its `models`, which wants flash attention and DeepSpeed; losses use neither."""
+    import importlib
+    import sys
+    import types
+
+    import openrlhf
+
+    name = "openrlhf.models"
+    if name not in sys.modules:
+        package = types.ModuleType(name)
+        package.__path__ = [f"{path}/models" for path in openrlhf.__path__]
+        sys.modules[name] = package
+        sys.modules.setdefault("deepspeed", types.ModuleType("deepspeed"))
+    loss, utils = importlib.import_module(f"{name}.loss"), importlib.import_module(f"{name}.utils")
+    return loss.PolicyLoss, loss.ValueLoss, loss.aggregate_loss, utils.compute_approx_kl
 
 
 if __name__ == "__main__":

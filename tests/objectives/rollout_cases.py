@@ -55,7 +55,7 @@ def batch(on_policy: bool = False) -> RolloutBatch:
 class Case:
     """Attributes:
     build: our objective.
-    peer: "trl", "rloo", or the name of a loss of verl.
+    peer: "trl", "rloo", "openrlhf", or the name of a loss of verl.
     options: of the peer.
     on_policy: without old log-probabilities.
     """
@@ -105,6 +105,16 @@ CASES: dict[str, Case] = {
         )
         for mode in ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
     },
+    "dapo_top_entropy_bonus": Case(
+        lambda: O.dapo(weighing=Weighing(top_entropy=0.4)) - 0.1 * O.entropy(top=0.4),
+        "trl", dict(loss_type="dapo", epsilon_high=0.28, top_entropy_quantile=0.4, entropy_coef=0.1),
+    ),
+    "gspo_kl": Case(
+        lambda: O.gspo((0.02, 0.03)) + 0.3 * O.kl(**KL, level="sequence", reducer=SEQUENCES),
+        "trl", dict(
+            loss_type="grpo", importance_sampling_level="sequence", epsilon_low=0.02, epsilon_high=0.03, beta=0.3
+        ),
+    ),
     "gspo": Case(
         lambda: O.gspo((0.02, 0.03)),
         "trl", dict(loss_type="grpo", importance_sampling_level="sequence", epsilon_low=0.02, epsilon_high=0.03),
@@ -137,6 +147,13 @@ CASES: dict[str, Case] = {
         lambda: O.gspo_token((0.02, 0.03)),
         "gspo", dict(clip_ratio_low=0.02, clip_ratio_high=0.03, loss_agg_mode="seq-mean-token-mean"),
     ),
+    **{
+        f"verl_{level}_truncated": Case(
+            lambda level=level: O.ppo(dual=3.0, weighing=Weighing(held=20.0, correct=f"{level}_truncate", high=1.1)),
+            "vanilla", dict(rollout_is=level, rollout_is_threshold=1.1),
+        )
+        for level in ("token", "sequence")
+    },
     "verl_sapo": Case(lambda: O.sapo(), "sapo"),
     "verl_gpg": Case(lambda: O.gpg(), "gpg"),
     "verl_clip_cov": Case(  # all of the band, of which verl draws some
@@ -153,6 +170,32 @@ CASES: dict[str, Case] = {
     "verl_dppo_tv": Case(lambda: O.dppo("tv", 0.04), "dppo_tv", dict(clip_ratio=0.04)),
     "verl_dppo_kl": Case(lambda: O.dppo("kl", 0.002), "dppo_kl", dict(clip_ratio=0.002)),
     "verl_dro": Case(lambda: O.dro(0.5), "dro", dict(dro_beta=0.5)),
+    "openrlhf_ppo": Case(
+        lambda: O.ppo((0.1, 0.15), dual=1.1, weighing=Weighing(held=20.0)),
+        "openrlhf", dict(eps_clip_low_high=(0.1, 0.15), dual_clip=1.1),
+    ),
+    "openrlhf_gspo": Case(
+        lambda: O.gspo((0.02, 0.03)), "openrlhf", dict(policy_loss_type="gspo", eps_clip_low_high=(0.02, 0.03))
+    ),
+    **{
+        f"openrlhf_{mode}": Case(
+            lambda ours=ours: O.ppo(weighing=Weighing(correct=ours, low=0.7, high=1.2), reducer=SEQUENCES),
+            "openrlhf",
+            dict(is_correction_mode=mode, is_correction_threshold=(0.7, 1.2), loss_agg_mode="seq-mean-token-mean"),
+        )
+        for mode, ours in (("mask", "token_mask"), ("clip", "token_truncate"))
+    },
+    **{
+        f"openrlhf_kl_{estimator}{'_unbiased' * unbiased}": Case(
+            lambda estimator=estimator, unbiased=unbiased: O.ppo() + 0.3 * O.kl(
+                estimator=estimator, gradient="weighted_k2" if unbiased else "own", cap=10.0, largest=10.0
+            ),
+            "openrlhf",
+            dict(use_kl_loss=True, kl_coef=0.3, kl_estimator=estimator, unbiased_gradient=unbiased),
+        )
+        for estimator, unbiased in (("k1", True), ("k2", False), ("k3", True), ("k3", False))
+    },
+    "openrlhf_value": Case(lambda: O.value_loss(0.2), "openrlhf", dict(value_clip=0.2)),
     "verl_value": Case(lambda: O.value_loss(0.2), "value", dict(clip=0.2)),
     **{
         f"verl_kl_{name}": Case(
@@ -168,3 +211,28 @@ CASES: dict[str, Case] = {
         )
     },
 }  # fmt: skip
+
+
+def is_value(case: Case) -> bool:
+    """Whether it is a critic's loss."""
+    return case.peer == "value" or "value_clip" in case.options
+
+
+def preset(case: Case) -> Objective | None:
+    """The objective that the library's own options make; None for what its trainers have no options for."""
+    options = dict(case.options)
+    if case.peer == "rloo":
+        return O.trl_rloo(**options)
+    if case.peer == "trl":
+        mode = options.pop("correct", None)
+        bounds = {f"importance_sampling_clip_{side}": options.pop(name, None) for side, name in
+                  (("min", "low"), ("max", "high"))}  # fmt: skip
+        options.pop("use_sampling", None)
+        options["epsilon"] = options.pop("epsilon_low", 0.2)
+        correction = {} if mode is None else bounds | {"importance_sampling_mode": mode}
+        return O.trl_grpo(**options, **correction, max_completion_length=HORIZON)
+    if case.peer == "openrlhf":
+        return O.openrlhf_critic(**options) if "value_clip" in options else O.openrlhf_actor(**options)
+    if case.peer == "value":
+        return O.verl_critic(cliprange_value=options["clip"])
+    return None if case.peer == "kl" else O.verl_actor(case.peer, **options)
