@@ -59,7 +59,7 @@ def test_every_form_of_a_pair(form):
 
 
 def test_answers_and_their_end_are_what_is_scored_and_the_last_token_is_read(tmp_path):
-    data = _load(tmp_path, _sums(4), batch_size=1)
+    data = _load(tmp_path, _sums(4), batch_size=1, shared_prompts=False)
     batch = data.rows().gather(np.array([0]))
     assert batch.pairs.shape == batch.mask[:, : batch.pairs.shape[1]].shape
     for number, segment in enumerate(range(1, 1 + 2 * int(batch.pairs.sum()))):
@@ -76,7 +76,7 @@ def test_answers_and_their_end_are_what_is_scored_and_the_last_token_is_read(tmp
 
 
 def test_pairs_stay_whole_and_each_is_there_once(tmp_path):
-    data = _load(tmp_path, _sums(30), sequence_length=64)
+    data = _load(tmp_path, _sums(30), sequence_length=64, shared_prompts=False)
     rows = data.rows()
     assert len(rows) < 30 and rows.pairs_per_row > 1
     batch = rows.gather(np.arange(len(rows)))
@@ -208,3 +208,23 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path):
 def test_bad_options(fields, message):
     with pytest.raises(UserError, match=message):
         _config(**fields)
+
+
+def test_shared_prompts_are_there_once_and_scored_columns_are_those_of_answers(tmp_path):
+    data, apart = (_load(tmp_path, _sums(30), sequence_length=64, shared_prompts=shared) for shared in (True, False))
+    rows = data.rows()
+    assert len(rows) < len(apart.rows())  # the same pairs in fewer rows
+    batch = rows.gather(np.arange(len(rows)))
+    beyond = 2 * batch.pairs.shape[1]
+    assert batch.pairs.sum() == 30 and (batch.segments > beyond).any()
+    assert batch.mask.sum() == sum(int(side.learned.sum()) for pair in data.pairs for side in (pair.first, pair.second))
+    for b in range(len(rows)):
+        for p in range(int(batch.pairs[b].sum())):
+            prompt = batch.segments[b] == beyond + 2 * p + 1
+            for side in (1, 2):
+                own = batch.segments[b] == 2 * p + side
+                assert set(batch.shared[b][own]) == {beyond + 2 * p + 1}
+                assert batch.positions[b][own][0] == prompt.sum()  # it goes on where the prompt ended
+        where = batch.scored[b][batch.scored[b] < batch.tokens.shape[1]]
+        assert np.array_equal(where, np.flatnonzero(batch.mask[b]))
+    assert _load(tmp_path, _sums(30), score_prompts=True).rows().scored is None
