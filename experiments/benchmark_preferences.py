@@ -143,17 +143,6 @@ def _lora() -> Any:
 # TRL ----------------------------------------------------------------------------------------------
 
 
-def _tokenizer(words: int) -> Any:
-    """One word an id: "w0", "w1", ..."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    names = {f"w{number}": number for number in range(words - 2)} | {"<eos>": words - 2, "<pad>": words - 1}
-    found = Tokenizer(models.WordLevel(names, unk_token="w0"))
-    found.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=found, eos_token="<eos>", pad_token="<pad>")
-
-
 def trl_side(name: str, folder: str) -> tuple[Callable[[int], float], dict[str, Any]]:
     """A step of TRL."""
     import datasets
@@ -188,7 +177,7 @@ def trl_side(name: str, folder: str) -> tuple[Callable[[int], float], dict[str, 
         ref_model=None if case.cached or case.lora else read(),
         args=options,
         train_dataset=datasets.Dataset.from_list(records),
-        processing_class=_tokenizer(case.words),
+        processing_class=benchmarking.word_tokenizer(case.words),
         peft_config=_lora() if case.lora else None,
     )
     made = time.perf_counter() - start

@@ -103,3 +103,14 @@ def _busy() -> float:
     fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
     user, nice, system, _, _, irq, softirq, steal = (int(x) for x in fields[:8])
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def word_tokenizer(words: int) -> Any:
+    """A tokenizer of transformers with one word an id: "w0", "w1", ..."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = {f"w{number}": number for number in range(words - 2)} | {"<eos>": words - 2, "<pad>": words - 1}
+    found = Tokenizer(models.WordLevel(names, unk_token="w0"))
+    found.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=found, eos_token="<eos>", pad_token="<pad>")

@@ -168,6 +168,16 @@ def writers(config: FinetuningConfig, folder: Path) -> list[Any]:
     return found
 
 
+def interrupted(result: Any, folder: Path) -> bool:
+    """Whether a run was asked to stop; says how it goes on."""
+    if result.interrupted:
+        print(
+            f"{result.interrupted}: saved at step {result.step:,}; the same command with --run-dir {folder} "
+            "goes on from there"
+        )
+    return bool(result.interrupted)
+
+
 def digest_of(variables: Any) -> str:
     """A name for the numbers of a model."""
     import hashlib

@@ -8,7 +8,7 @@ model of its own (--critic model).
 
 from __future__ import annotations
 
-import re
+import dataclasses
 from typing import Any
 
 import lmjax as lm
@@ -21,10 +21,9 @@ from lmjax.policy import add_value_head
 def run(config: PpoConfig, options: command_line.Options) -> int:
     """See `reinforcement.run`."""
     apart = config.critic == "model"
-    text = config.objective
-    if apart:  # the critic is a role of its own
-        text = re.sub(r"value_loss\(([^)]*)\)", r"value_loss(\1, role='critic')", text).replace("(, ", "(")
-    objective = lm.objectives.parse_objective(text)
+    objective = lm.objectives.parse_objective(config.objective)
+    if apart:
+        objective = _of_critic(objective)
     values = rl.Reading("values", _critic if apart else None)
 
     def credit(config: PpoConfig, reference: rl.Reading) -> tuple[Any, dict[str, Any]]:
@@ -57,6 +56,12 @@ def run(config: PpoConfig, options: command_line.Options) -> int:
         last_token=config.position == "after_eos",
     )
     return reinforcement.run(config, options, method, "ppo")
+
+
+def _of_critic(objective: Any) -> Any:
+    """The objective whose value loss reads the critic, and not the policy's own head."""
+    own = lambda term: dataclasses.replace(term, roles=("critic",)) if term.name == "value_loss" else term
+    return lm.objectives.Objective(tuple((coefficient, own(term)) for coefficient, term in objective.terms))
 
 
 def _critic(variables: Any) -> Any:

@@ -48,6 +48,7 @@ class Method(NamedTuple):
 def run(config: ReinforcementConfig, options: command_line.Options, method: Method, name: str) -> int:
     """Learns, evaluates and shows; the last line printed has `reward=` and `accuracy=`, both of held-out prompts."""
     import jax
+    import numpy as np
 
     started = time.monotonic()
     use_compilation_cache(DataConfig().cache_root())
@@ -102,7 +103,7 @@ def run(config: ReinforcementConfig, options: command_line.Options, method: Meth
             scores = judge(found)()
             first = scores.values[0]
             return {
-                "reward": float(jax.numpy.nan_to_num(scores.total).mean()),
+                "reward": float(np.nan_to_num(scores.total).mean()),
                 "accuracy": float((first >= 1.0).mean()),
                 "length": sum(len(rollout.tokens) for rollout in found) / len(found),
                 "ended": sum(rollout.ended for rollout in found) / len(found),
@@ -155,11 +156,7 @@ def run(config: ReinforcementConfig, options: command_line.Options, method: Meth
                 evaluate=(lambda state: score(state.variables)[0]) if asked else None,
                 sample=lambda state: "\n\n".join(map(_shown, shown)),
             )
-            if result.interrupted:
-                print(
-                    f"{result.interrupted}: saved at step {result.step:,}; the same command with --run-dir {folder} "
-                    "goes on from there"
-                )
+            if finetuning.interrupted(result, folder):
                 return result.exit_code
             variables = result.state.variables
             after = score(variables)

@@ -95,11 +95,7 @@ def run(config: RewardModelConfig, options: command_line.Options) -> int:
             sharding=lambda batch: lm.sharding.shard_batch(batch, mesh),
             flops_per_token=training.plan.flops_per_token,
         )
-        if result.interrupted:
-            print(
-                f"{result.interrupted}: saved at step {result.step:,}; the same command with --run-dir {folder} "
-                "goes on from there"
-            )
+        if finetuning.interrupted(result, folder):
             return result.exit_code
         variables = result.state.variables
         after = score(variables)

@@ -109,11 +109,7 @@ def run(config: SftConfig, options: command_line.Options) -> int:
             sharding=lambda batch: lm.sharding.shard_batch(batch, mesh),
             flops_per_token=training.plan.flops_per_token,
         )
-        if result.interrupted:
-            print(
-                f"{result.interrupted}: saved at step {result.step:,}; the same command with --run-dir {folder} "
-                "goes on from there"
-            )
+        if finetuning.interrupted(result, folder):
             return result.exit_code
 
         # How good it became.

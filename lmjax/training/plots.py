@@ -179,11 +179,17 @@ def _accuracies(ax: Any, records: Sequence[Record]) -> None:
 
 def _drift(ax: Any, records: Sequence[Record]) -> None:
     _style(ax, "Log-probability of the answers", "nats an answer")
-    for key, color in (("logps/chosen", _BLUE), ("logps/rejected", _ORANGE)):
+    _two(ax, records, {"logps/chosen": "chosen", "logps/rejected": "rejected"}, pale=True)
+
+
+def _two(ax: Any, records: Sequence[Record], names: dict[str, str], pale: bool = False) -> None:
+    """Series by their keys and what they are called, as moving averages; as they are too, in pale."""
+    for (key, label), color in zip(names.items(), (_BLUE, _ORANGE), strict=True):
         steps, values = _series(records, key)
         if values:
-            ax.plot(steps, values, color=color, linewidth=0.8, alpha=0.35)
-            ax.plot(steps, smooth(values, len(values) / 50), color=color, linewidth=1.8, label=key.split("/")[1])
+            if pale:
+                ax.plot(steps, values, color=color, linewidth=0.8, alpha=0.35)
+            ax.plot(steps, smooth(values, len(values) / 50), color=color, linewidth=1.8, label=label)
     ax.legend(frameon=False, labelcolor=_INK)
 
 
@@ -210,27 +216,13 @@ def _certainty(ax: Any, records: Sequence[Record]) -> None:
 
 def _idle(ax: Any, records: Sequence[Record]) -> None:
     _style(ax, "Prompts whose rollouts were judged alike, and clipped tokens", "share")
-    for key, color, label in (
-        ("frac_reward_zero_std", _BLUE, "prompts that teach nothing"),
-        ("clip_ratio/region", _ORANGE, "tokens beyond the clip"),
-    ):
-        steps, values = _series(records, key)
-        if values:
-            ax.plot(steps, smooth(values, len(values) / 50), color=color, linewidth=1.8, label=label)
+    _two(ax, records, {"frac_reward_zero_std": "prompts that teach nothing", "clip_ratio/region": "clipped tokens"})
     ax.set_ylim(0, 1.03)
-    ax.legend(frameon=False, labelcolor=_INK)
 
 
 def _distance(ax: Any, records: Sequence[Record]) -> None:
     _style(ax, "KL to the model before", "nats a token in the loss, nats a rollout in the reward")
-    for key, color, label in (
-        ("loss/kl_reference", _BLUE, "in the loss"),
-        ("objective/kl", _ORANGE, "in the reward"),
-    ):
-        steps, values = _series(records, key)
-        if values:
-            ax.plot(steps, smooth(values, len(values) / 50), color=color, linewidth=1.8, label=label)
-    ax.legend(frameon=False, labelcolor=_INK)
+    _two(ax, records, {"loss/kl_reference": "in the loss", "objective/kl": "in the reward"})
 
 
 def _critic(ax: Any, records: Sequence[Record]) -> None:
