@@ -198,7 +198,7 @@ class Decoder:
         variables = self.resolve(variables)
         cache = variables.get("cache")
         length, offset = adapted.prefix_length(variables)
-        self._check_length(length + tokens_BT.shape[1])
+        self._check_length(length + (tokens_BT.shape[1] if fork is None else sum(fork)))
         positions_BT = positions_BT + offset
         params = variables["params"]
         table_VD = constrain(params["embed"]["embedding"], ("vocab", None))

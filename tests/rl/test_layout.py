@@ -82,6 +82,20 @@ def test_a_forked_row_is_its_rollouts_one_by_one(name, general):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-6), found, expected)
 
 
+def test_rows_may_be_longer_than_the_models_positions():
+    """Only a prompt and one rollout of it are a sequence; with more than there are positions, it is refused."""
+    policy, variables = setting("learned positions")
+    rollouts = invented(groups=2, samples=12)
+    batch = batch_of(rollouts, per_row=12)
+    assert batch.tokens.shape[1] > TINY["max_length"]
+    (found,) = token_logprobs(policy, variables, [batch])
+    (alone,) = token_logprobs(policy, variables, [batch_of(rollouts, per_row=1)])
+    pick = lambda per_row, values: np.concatenate(rl.lay_out(rollouts, per_row=per_row).pick(values))
+    np.testing.assert_allclose(pick(12, found), pick(1, alone), atol=2e-5)
+    with pytest.raises(UserError, match="learned positions"):
+        list(token_logprobs(policy, variables, [batch_of(rollouts, per_row=1, branch=64)]))
+
+
 def test_adapters_that_stand_before_a_prompt_are_seen_by_all_branches():
     policy, base = setting()
     for method in (lm.adapters.prefix(policy, 3), lm.adapters.prompt(policy, 2)):
