@@ -21,13 +21,15 @@ def run(config: ReinforceConfig, options: command_line.Options) -> int:
 
     def credit(config: ReinforceConfig, reference: rl.Reading) -> tuple[Any, dict[str, Any]]:
         running = rl.RunningMean() if config.baseline == "running" else None
-        estimator = rl.Estimator("given" if running else config.baseline, "none")  # type: ignore[arg-type]
+        own: Any = "given" if config.baseline in ("running", "greedy") else config.baseline
+        estimator = rl.Estimator(own, "none")
         given = rl.outcome_credit(
             estimator, running=running, whitened=config.whitened, learn_truncated=config.learn_truncated
         )
         return given, {} if running is None else {"baseline": running}
 
-    return reinforcement.run(config, options, reinforcement.Method(objective, credit), "reinforce")
+    method = reinforcement.Method(objective, credit, likeliest=config.baseline == "greedy")
+    return reinforcement.run(config, options, method, "reinforce")
 
 
 if __name__ == "__main__":

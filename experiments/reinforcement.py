@@ -7,6 +7,7 @@ training. A run directory holds its config, metrics, plots, samples, and every r
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -35,6 +36,7 @@ class Method(NamedTuple):
       also_trained: collections that are trained beside the policy.
       beside: variables -> variables with those collections.
       last_token: values are read behind the last token too.
+      likeliest: the likeliest answer to each prompt is rolled out and judged too, to compare with.
     """
 
     objective: Any
@@ -43,6 +45,7 @@ class Method(NamedTuple):
     also_trained: tuple[str, ...] = ()
     beside: Callable[[Any], Any] | None = None
     last_token: bool = False
+    likeliest: bool = False
 
 
 def run(config: ReinforcementConfig, options: command_line.Options, method: Method, name: str) -> int:
@@ -87,10 +90,11 @@ def run(config: ReinforcementConfig, options: command_line.Options, method: Meth
     )  # fmt: skip
 
     def roll_out(variables: Any, prompts: Any, key: Any, **numbers: Any) -> list[Any]:
-        return rl.roll_out(
-            policy, variables, prompts, key, samples=plan.samples, temperature=plan.temperature,
-            slots=config.slots or None, **sampling, **numbers,
-        )  # fmt: skip
+        say = functools.partial(
+            rl.roll_out, policy, variables, prompts, key, slots=config.slots or None, **sampling, **numbers
+        )
+        found = say(samples=plan.samples, temperature=plan.temperature)
+        return rl.with_likeliest(found, say(samples=1, temperature=0.0)) if method.likeliest else found
 
     with rl.Judge(rewards) as judge:
         asked = data.held_out[: config.evaluations or None]
@@ -229,6 +233,7 @@ class _Book:
                 line = {
                     "prompt": rollout.prompt_text, "completion": rollout.text, "reward": _number(total[i]),
                     **{f"rewards/{n}": _number(values[i]) for n, values in zip(scores.names, scores.values)},
+                    **({} if scores.given is None else {"baseline": _number(scores.given[i])}),
                     "advantage": _number(gain if isinstance(gain, float) else gain.mean() if len(gain) else 0.0),
                     "tokens": len(rollout.tokens), "finish": rollout.finish, "version": rollout.version,
                 }  # fmt: skip

@@ -99,12 +99,13 @@ class ReinforceConfig(ReinforcementConfig):
     Attributes:
       objective: of the policy.
       baseline: none; batch or group: the mean of either; leave_one_out: of the others of its group (RLOO); optimal: of
-        its group by length (OPO); running: a mean that follows the scores.
+        its group by length (OPO); running: a mean that follows the scores; greedy: the score of the likeliest answer to
+        the prompt (ReMax), which is rolled out besides.
       whitened: divide advantages by their spread over the batch (REINFORCE++).
     """
 
     objective: str = "reinforce()"
-    baseline: Literal["none", "batch", "group", "leave_one_out", "optimal", "running"] = "leave_one_out"
+    baseline: Literal["none", "batch", "group", "leave_one_out", "optimal", "running", "greedy"] = "leave_one_out"
     whitened: bool = False
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ __getattr__, __dir__, __all__ = attach(
         "plan": ["Plan"],
         "prompts": ["Prompts"],
         "rewards": ["Judge", "Missing", "Reward", "Scores", "join_scores", "of_reward_model", "of_text"],
-        "rollouts": ["Rollout", "roll_out"],
+        "rollouts": ["Rollout", "roll_out", "with_likeliest"],
         "selection": ["Curriculum", "Replay", "scores_differ"],
     },
 )

@@ -53,13 +53,14 @@ def outcome_credit(
     """One advantage for all tokens of a rollout: REINFORCE, RLOO, GRPO and relatives.
 
     Args:
-      estimator: of the advantages; with the baseline "given" it is the running mean's.
+      estimator: of the advantages; the baseline "given" is the running mean, or without one the score of the likeliest
+        answer (`with_likeliest`); a rollout whose likeliest answer could not be judged is left out.
       kl: a cost in the reward, summed over the rollout (TRL's RLOO).
       largest: scores are held within +-largest.
       learn_truncated: False leaves rollouts out that came to the limit of their length.
       decoupled: each reward is standardised for itself (`decoupled_advantages`).
       whitened: advantages are whitened over all tokens of the batch (REINFORCE++'s baseline form).
-      running: the baseline "given".
+      running: a running mean, for the baseline "given".
       entropy: sets the coefficient "entropy" of the batch, for `objectives.by_coefficient`.
     """
 
@@ -67,8 +68,14 @@ def outcome_credit(
         total, metrics, fields = scores.total, scores.metrics(), {}
         groups = np.array([rollout.group for rollout in rollouts])
         out = np.isnan(total) | np.array([not (learn_truncated or rollout.ended) for rollout in rollouts])
+        given = scores.given if running is None else np.full(len(total), running.mean)
         if largest is not None:
             total = np.clip(total, -largest, largest)
+            given = None if given is None else np.clip(given, -largest, largest)
+        if estimator.baseline == "given" and given is not None:
+            out |= np.isnan(given)
+            if (known := given[np.isfinite(given)]).size:
+                metrics["baseline/mean"] = float(known.mean())
         if kl is not None:
             costs, fields["reference_logprobs"] = _kl_of(rollouts, kl, read, metrics)
             total = total - kl.now * np.array([cost.sum() for cost in costs])
@@ -78,7 +85,6 @@ def outcome_credit(
         if decoupled:
             found = decoupled_advantages(np.where(out, np.nan, scores.values), scores.weights, groups)
         else:
-            given = None if running is None else np.full(len(total), running.mean)
             found = advantages(total, groups, estimator, lengths=lengths, given=given)
         if running is not None and np.isfinite(total).any():
             running.update(float(np.nanmean(total)))

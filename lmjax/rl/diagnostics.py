@@ -30,7 +30,7 @@ def diagnose(metrics: Mapping[str, float], *, first: bool = False, on_policy: bo
         "every rollout came to the limit of its length: raise max_new_tokens, or check that the model says its end",
     )
     say(
-        get("frac_reward_zero_std", 0.0) >= 1.0,
+        get("frac_reward_zero_std", 0.0) >= 1.0 and get("advantage/mean_abs", 0.0) < 1e-6,
         "the rollouts of every prompt were judged alike, so nothing is learned: easier or harder prompts, more samples "
         "of each, or a reward with finer steps would help",
     )

@@ -83,7 +83,10 @@ class Scores:
       names, weights: of the K rewards.
       values: float64 [K, N]; NaN where a reward does not apply or failed. Rewards of steps count by their sum.
       steps: of each rollout, the (end, weighted number) of its steps, in order.
-      missing: every number that is not there because something failed.
+      missing: every number that is not there because something failed. That of a likeliest answer is told once, at the
+        first of its rollouts, as the reward "name/likeliest".
+      given: float64 [N], what each rollout is compared with: the total of the likeliest answer to its prompt (NaN where
+        there is none); None where no rollout has one.
     """
 
     names: tuple[str, ...]
@@ -91,6 +94,7 @@ class Scores:
     values: np.ndarray
     steps: tuple[tuple[tuple[int, float], ...], ...]
     missing: tuple[Missing, ...] = ()
+    given: np.ndarray | None = None
 
     @property
     def failures(self) -> dict[tuple[str, str], tuple[int, str]]:
@@ -114,7 +118,8 @@ class Scores:
             one._replace(rollout=n) for n, i in enumerate(index) for one in self.missing if one.rollout == i
         )
         steps = tuple(self.steps[i] for i in index)
-        return Scores(self.names, self.weights, self.values[:, list(index)], steps, missing)
+        given = None if self.given is None else self.given[list(index)]
+        return Scores(self.names, self.weights, self.values[:, list(index)], steps, missing, given)
 
     def metrics(self) -> dict[str, float]:
         """Mean and spread of the sum and of each reward, by the names that practitioners expect."""
@@ -156,14 +161,18 @@ def join_scores(parts: Sequence[Scores]) -> Scores:
         before += part.values.shape[1]
     values = np.concatenate([part.values for part in parts], axis=1)
     steps = tuple(own for part in parts for own in part.steps)
-    return Scores(parts[0].names, parts[0].weights, values, steps, tuple(missing))
+    given = None
+    if any(part.given is not None for part in parts):
+        none = lambda part: np.full(part.values.shape[1], np.nan)
+        given = np.concatenate([none(part) if part.given is None else part.given for part in parts])
+    return Scores(parts[0].names, parts[0].weights, values, steps, tuple(missing), given)
 
 
 class Judge:
     """Scores rollouts in a thread, and where rewards ask for it in processes. Close it, or use it in a `with`.
 
     What goes wrong is counted and told (`Scores.missing`), and the run goes on. Episodes whose environment failed are
-    judged by nothing.
+    judged by nothing. Likeliest answers (`Rollout.likeliest`) are judged beside the rollouts.
 
     Args:
       rewards: at least one, of different names.
@@ -193,7 +202,7 @@ class Judge:
 
     def __call__(self, rollouts: Sequence[Rollout]) -> Callable[[], Scores]:
         """Begins to score; the function that is returned waits for the scores and gives them."""
-        return self._thread.submit(self._score, list(rollouts)).result
+        return self._thread.submit(self._compare, list(rollouts)).result
 
     def __enter__(self) -> Judge:
         return self
@@ -206,6 +215,22 @@ class Judge:
         if self._workers is not None:
             self._workers.close()
         self._thread.shutdown(cancel_futures=True)
+
+    def _compare(self, rollouts: list[Rollout]) -> Scores:
+        """The scores of rollouts, and of the likeliest answers that they are compared with."""
+        answers: dict[int, tuple[int, Rollout]] = {}  # each once, with the first of its rollouts
+        for i, rollout in enumerate(rollouts):
+            if rollout.likeliest is not None:
+                answers.setdefault(id(rollout.likeliest), (i, rollout.likeliest))
+        count, places = len(rollouts), [i for i, _ in answers.values()]
+        both = self._score([*rollouts, *(answer for _, answer in answers.values())])
+        if not answers:
+            return both
+        own, others = both.take(range(count)), both.take(range(count, count + len(answers)))
+        told = (one._replace(rollout=places[one.rollout], reward=f"{one.reward}/likeliest") for one in others.missing)
+        totals = dict(zip(answers, others.total))
+        given = np.array([totals.get(id(rollout.likeliest), np.nan) for rollout in rollouts])
+        return dataclasses.replace(own, missing=(*own.missing, *told), given=given)
 
     def _score(self, rollouts: list[Rollout]) -> Scores:
         values = np.full((len(self.rewards), len(rollouts)), np.nan)

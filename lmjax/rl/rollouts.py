@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from lmjax.data.prompts import Prompt
+from lmjax.errors import UserError
 from lmjax.generation.batching import generate_many
 from lmjax.generation.engine import FINISH
 from lmjax.generation.sampler import generate
@@ -34,6 +35,8 @@ class Rollout:
       record: what else is known of the prompt: the columns of its record, such as the right answer.
       version: the number of updates that the policy had had.
       number: of its prompt among all prompts.
+      likeliest: the likeliest answer to its prompt, one object for all rollouts of a group: it is judged with them and
+        not learned from, and its score is what theirs are compared with (`Scores.given`); see `with_likeliest`.
     """
 
     prompt: np.ndarray
@@ -48,6 +51,7 @@ class Rollout:
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     version: int = 0
     number: int = 0
+    likeliest: Rollout | None = None
 
     @property
     def ended(self) -> bool:
@@ -119,3 +123,19 @@ def roll_out(
             )
         )
     return rollouts
+
+
+def with_likeliest(rollouts: Sequence[Rollout], answers: Sequence[Rollout]) -> list[Rollout]:
+    """Rollouts beside the likeliest answers to their prompts: the baseline of ReMax (Li et al., arXiv:2310.10505).
+
+    Args:
+      rollouts: sampled.
+      answers: of the same variables at temperature 0, one for each group.
+
+    Raises:
+      UserError: a group has no answer, or several.
+    """
+    known = {answer.group: answer for answer in answers}
+    if len(known) != len(answers) or not known.keys() >= {rollout.group for rollout in rollouts}:
+        raise UserError(f"{len(answers)} likeliest answers do not go with the groups; give one for each prompt.")
+    return [dataclasses.replace(rollout, likeliest=known[rollout.group]) for rollout in rollouts]

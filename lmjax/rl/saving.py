@@ -16,6 +16,7 @@ from lmjax.errors import UserError
 from lmjax.rl.rollouts import Rollout
 
 _ARRAYS = ("prompt", "tokens", "logprobs", "sampling_logprobs", "own")
+_APART = (*_ARRAYS, "likeliest")
 
 
 def pack_batch(batch: RolloutBatch) -> dict[str, Any]:
@@ -43,24 +44,31 @@ def pack_rollouts(rollouts: Sequence[Rollout]) -> dict[str, Any]:
       UserError: a record holds something that JSON does not.
     """
     arrays = {f"{i}/{name}": getattr(rollout, name) for i, rollout in enumerate(rollouts) for name in _ARRAYS}
+    others = {id(own): own for rollout in rollouts if (own := rollout.likeliest) is not None}  # each once
+    place = {key: n for n, key in enumerate(others)}
     rest = [
-        {f.name: getattr(rollout, f.name) for f in dataclasses.fields(rollout) if f.name not in _ARRAYS}
+        {f.name: getattr(rollout, f.name) for f in dataclasses.fields(rollout) if f.name not in _APART}
+        | {"likeliest": place.get(id(rollout.likeliest))}
         for rollout in rollouts
     ]
     try:
         text = json.dumps(rest)
     except TypeError as error:
         raise UserError(f"records of prompts must be JSON values, for checkpoints keep them ({error}).") from None
-    return {"arrays": _packed(arrays), "rest": text}
+    found = {"arrays": _packed(arrays), "rest": text}
+    return found | {"likeliest": pack_rollouts(list(others.values()))} if others else found
 
 
 def unpack_rollouts(packed: dict[str, Any]) -> list[Rollout]:
     """The inverse of `pack_rollouts`."""
     arrays: dict[str, Any] = _unpacked(packed["arrays"])
-    return [
-        Rollout(**rest, **{name: arrays[f"{i}/{name}"] for name in _ARRAYS})
-        for i, rest in enumerate(json.loads(packed["rest"]))
-    ]
+    others = unpack_rollouts(packed["likeliest"]) if "likeliest" in packed else []
+    found = []
+    for i, rest in enumerate(json.loads(packed["rest"])):
+        place = rest.pop("likeliest", None)
+        own = {name: arrays[f"{i}/{name}"] for name in _ARRAYS}
+        found.append(Rollout(**rest, **own, likeliest=None if place is None else others[place]))
+    return found
 
 
 def _packed(arrays: dict[str, Any]) -> str:

@@ -18,10 +18,13 @@ from lmjax.rl.saving import pack_rollouts, unpack_rollouts
 
 
 def scores_differ(rollouts: Sequence[Rollout], scores: Scores) -> bool:
-    """Whether the rollouts of a prompt were not all judged alike: what DAPO keeps (dynamic sampling)."""
-    total = scores.total
-    there = total[np.isfinite(total)]
-    return len(there) > 1 and bool(np.ptp(there) > 0)
+    """Whether the rollouts of a prompt were not all judged alike: what DAPO keeps (dynamic sampling).
+
+    Those with a likeliest answer teach something where one of them was judged other than it.
+    """
+    gap = scores.total if scores.given is None else scores.total - scores.given
+    there = gap[np.isfinite(gap)]
+    return bool(len(there) > 1 and np.ptp(there) > 0 if scores.given is None else there.any())
 
 
 class Curriculum:

@@ -137,6 +137,7 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(whole, base, tmp_path):
     [
         (reinforce, ReinforceConfig, {"baseline": "running", "whitened": True}),
         (reinforce, ReinforceConfig, {"baseline": "leave_one_out"}),
+        (reinforce, ReinforceConfig, {"baseline": "greedy", "slots": 8}),
         (ppo, PpoConfig, {"reward_kl": 0.05, "target_kl": 1.0, "position": "after_eos", "whiten_rewards": True}),
         (ppo, PpoConfig, {"critic": "model",
                           "rollout": dataclasses.replace(PLAN, prompts=16, samples=1, minibatches=2)}),
@@ -148,6 +149,9 @@ def test_the_other_experiments(experiment, kind, fields, base, tmp_path):
     metrics = _metrics(tmp_path / "run")
     assert np.mean([line["reward"] for line in metrics[-6:]]) > metrics[0]["reward"] + 0.05
     assert "reward=" in text.splitlines()[-1]
+    if fields.get("baseline") == "greedy":
+        line = json.loads((tmp_path / "run" / "completions" / "iteration_000000.jsonl").read_text().splitlines()[0])
+        assert line["advantage"] == pytest.approx(line["reward"] - line["baseline"]) and "baseline/mean" in metrics[0]
     if kind is PpoConfig:
         assert {"value/error", "val/explained_variance", "loss/value_loss"} <= set(metrics[-1])
         assert metrics[-1]["loss/value_loss"] != metrics[0]["loss/value_loss"]

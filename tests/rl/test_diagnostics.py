@@ -43,6 +43,8 @@ def test_what_comes_with_learning_is_no_trouble():
     later = FINE | {"ratio": 1.2, "objective/kl": 4.0, "loss/kl_reference": 0.2}
     assert rl.diagnose(later) == []
     assert rl.diagnose(FINE | {"sampling/sampling_logp_difference/max": 0.5}, on_policy=False) == []
+    alike = FINE | {"frac_reward_zero_std": 1.0, "advantage/mean_abs": 0.1}  # compared with something else
+    assert rl.diagnose(alike) == []
 
 
 def fails(rollout: rl.Rollout) -> float:
