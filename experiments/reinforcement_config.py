@@ -79,7 +79,8 @@ class GrpoConfig(ReinforcementConfig):
 
     Attributes:
       objective: of the policy: a sum of terms of lmjax.objectives, such as "dapo()", "gspo()" or "dr_grpo(horizon=64)".
-      estimator: what advantages are: a name out of lmjax.rl.advantages.ESTIMATORS.
+      estimator: what advantages are: a name out of lmjax.rl.advantages.ESTIMATORS; or pass_at_2, pass_at_3 and so on:
+        the best of so many is what should be good (PKPO).
       process: rewards of steps are compared too (DeepSeekMath 4.1.3); the rewards must give them.
     """
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from lmjax.errors import UserError
 
-Baseline = Literal["none", "batch", "group", "leave_one_out", "optimal", "given"]
+Baseline = Literal["none", "batch", "group", "leave_one_out", "optimal", "second", "given"]
 Scale = Literal["none", "batch", "group", "whiten", "nonzero"]
 
 
@@ -25,8 +25,9 @@ class Estimator:
     Attributes:
       baseline: what is taken off a score: "none"; the mean of the "batch" or of the "group"; "leave_one_out": the mean
         of the others of its group (RLOO, arXiv:2402.14740); "optimal": the mean of its group weighed by length (OPO,
-        arXiv:2505.23585); "given": a number for each rollout, such as the score of the likeliest answer (ReMax,
-        arXiv:2310.10505) or a running mean.
+        arXiv:2505.23585); "second": for the best of its group the second best, for others their own, so that only the
+        best learns, from its lead (pass@k as verl has it, arXiv:2503.19595); "given": a number for each rollout, such
+        as the score of the likeliest answer (ReMax, arXiv:2310.10505) or a running mean.
       scale: what the difference is divided by: the standard deviation of the scores of the "group" or of the "batch",
         plus eps; "whiten": less the mean of all differences, by their standard deviation plus eps; "nonzero": the share
         of scores that are not 0 (GPG, arXiv:2504.02546).
@@ -44,7 +45,7 @@ class Estimator:
 
     def __post_init__(self) -> None:
         for name, known in (
-            ("baseline", ("none", "batch", "group", "leave_one_out", "optimal", "given")),
+            ("baseline", ("none", "batch", "group", "leave_one_out", "optimal", "second", "given")),
             ("scale", ("none", "batch", "group", "whiten", "nonzero")),
             ("alone", ("error", "score")),
         ):
@@ -69,6 +70,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "verl_remax": Estimator("given", "none"),
     "verl_opo": Estimator("optimal", "none", alone="score"),
     "verl_gpg": Estimator("group", "nonzero", 0.0, alone="score"),
+    "verl_grpo_passk": Estimator("second", "group", 1e-6, 1),
     "verl_reinforce_plus_plus_baseline": Estimator("group", "none", alone="score"),
     # OpenRLHF 0.11.2, openrlhf/trainer/ppo_utils/experience_maker.py. It whitens "reinforce" and "..._baseline" over
     # tokens afterwards, with `returns.whiten(..., ddof=0, eps=0, least=1e-8)`.
@@ -85,8 +87,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "reinforce_batch": Estimator("batch", "none"),
     "reinforce_given": Estimator("given", "none"),
 }
-"""Known choices by name. Two of verl's are functions: its "grpo_passk" is `best_advantages`, and its
-"reinforce_plus_plus" is `returns.rewards_to_go` and then `returns.whiten`."""
+"""Known choices by name. verl's "reinforce_plus_plus" is `returns.rewards_to_go` and then `returns.whiten`."""
 
 
 def advantages(
@@ -120,7 +121,8 @@ def advantages(
         return found
     kept, number = scores_N[there], np.unique(groups_N[there], return_inverse=True)[1]
     count = np.bincount(number)
-    compares = "group" in (estimator.baseline, estimator.scale) or estimator.baseline in ("leave_one_out", "optimal")
+    compared = ("group", "leave_one_out", "optimal", "second")
+    compares = estimator.baseline in compared or estimator.scale == "group"
     _, sizes = np.unique(groups_N, return_counts=True)
     if compares and sizes.min() == 1 and estimator.alone == "error":
         raise UserError(
@@ -143,6 +145,11 @@ def advantages(
         weight = _needed("lengths", lengths, len(scores_N))[there]
         weighed = np.bincount(number, weight * kept) / np.maximum(np.bincount(number, weight), 1e-12)
         baseline = np.where(single & (estimator.alone == "score"), 0.0, weighed[number])
+    elif estimator.baseline == "second":
+        baseline = kept.copy()
+        for own in (np.flatnonzero(number == n) for n in np.flatnonzero(count > 1)):
+            first, second = own[np.argsort(-kept[own], kind="stable")[:2]]
+            baseline[first] = kept[second]
     else:
         baseline = _needed("given", given, len(scores_N))[there]
     difference = kept - baseline
@@ -206,32 +213,6 @@ def decoupled_advantages(
     kept = total[there]
     found = np.zeros(len(total))
     found[there] = (kept - kept.mean()) / (_std(kept, 1) + batch_eps)
-    return found
-
-
-def best_advantages(scores: Any, groups: Any, *, eps: float = 1e-6, scaled: bool = True) -> np.ndarray:
-    """pass@k as verl has it (arXiv:2503.19595): only the best of a group learns, from its lead over the second.
-
-    Args:
-      scores: [N]; NaN for rollouts that are left out.
-      groups: int [N], at least two of each.
-      eps, scaled: divided by the group's standard deviation plus eps, or not.
-
-    Raises:
-      UserError: a group of one.
-
-    >>> best_advantages([3.0, 1.0, 0.0], [0, 0, 0], scaled=False).tolist()
-    [2.0, 0.0, 0.0]
-    """
-    scores_N, groups_N = _scored(scores, groups)
-    found = np.zeros(len(scores_N))
-    for index in _large_groups(groups_N, 2):
-        index = index[np.isfinite(scores_N[index])]
-        if len(index) < 2:
-            continue
-        own = scores_N[index]
-        first, second = np.argsort(-own, kind="stable")[:2]
-        found[index[first]] = (own[first] - own[second]) / (own.std(ddof=1) + eps if scaled else 1.0)
     return found
 
 

@@ -40,7 +40,7 @@ class KLReward:
 
 
 def outcome_credit(
-    estimator: Estimator,
+    estimator: Estimator | Callable[[np.ndarray, np.ndarray], np.ndarray],
     *,
     kl: KLReward | None = None,
     largest: float | None = None,
@@ -54,7 +54,8 @@ def outcome_credit(
 
     Args:
       estimator: of the advantages; the baseline "given" is the running mean, or without one the score of the likeliest
-        answer (`with_likeliest`); a rollout whose likeliest answer could not be judged is left out.
+        answer (`with_likeliest`); a rollout whose likeliest answer could not be judged is left out. Or a function of
+        scores and groups, such as `pass_at_k_advantages` with its k.
       kl: a cost in the reward, summed over the rollout (TRL's RLOO).
       largest: scores are held within +-largest.
       learn_truncated: False leaves rollouts out that came to the limit of their length.
@@ -72,7 +73,7 @@ def outcome_credit(
         if largest is not None:
             total = np.clip(total, -largest, largest)
             given = None if given is None else np.clip(given, -largest, largest)
-        if estimator.baseline == "given" and given is not None:
+        if isinstance(estimator, Estimator) and estimator.baseline == "given" and given is not None:
             out |= np.isnan(given)
             if (known := given[np.isfinite(given)]).size:
                 metrics["baseline/mean"] = float(known.mean())
@@ -84,8 +85,10 @@ def outcome_credit(
         lengths = np.array([rollout.own.sum() for rollout in rollouts], float)
         if decoupled:
             found = decoupled_advantages(np.where(out, np.nan, scores.values), scores.weights, groups)
-        else:
+        elif isinstance(estimator, Estimator):
             found = advantages(total, groups, estimator, lengths=lengths, given=given)
+        else:
+            found = estimator(total, groups)
         if running is not None and np.isfinite(total).any():
             running.update(float(np.nanmean(total)))
         tokens: list[Any] = [float(advantage) for advantage in found]

@@ -135,6 +135,7 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(whole, base, tmp_path):
 @pytest.mark.parametrize(
     ("experiment", "kind", "fields"),
     [
+        (grpo, GrpoConfig, {"estimator": "pass_at_2"}),
         (reinforce, ReinforceConfig, {"baseline": "running", "whitened": True}),
         (reinforce, ReinforceConfig, {"baseline": "leave_one_out"}),
         (reinforce, ReinforceConfig, {"baseline": "greedy", "slots": 8}),
@@ -195,6 +196,7 @@ def test_rewards_that_cannot_be(texts, sentence):
     ("kind", "fields", "sentence"),
     [
         (GrpoConfig, {"estimator": "best"}, "no estimator 'best'"),
+        (GrpoConfig, {"estimator": "pass_at_5"}, "sample at least 5"),
         (GrpoConfig, {"rollout": dataclasses.replace(PLAN, max_new_tokens=100)}, "positions"),
         (GrpoConfig, {"rollout": dataclasses.replace(PLAN, max_prompt=2)}, "max_prompt is 2"),
         (GrpoConfig, {"objective": "grpoo()"}, "did you mean grpo"),

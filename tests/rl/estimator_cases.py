@@ -73,8 +73,6 @@ def ours(case: str) -> dict[str, np.ndarray]:
     if alone == "reinforce_plus_plus":
         togo = returns.rewards_to_go(a["rewards"], a["mask"], 0.9)
         return {"advantages": returns.whiten(togo, a["mask"]), "returns": togo}
-    if alone == "grpo_passk":
-        return {"advantages": rl.best_advantages(a["scores"], a["groups"])}
     if name == "trl_gdpo":
         return {"advantages": rl.decoupled_advantages([a["scores"], a["second"]], [1.0, 0.5], a["groups"])}
     if alone == "gdpo":  # as verl has it: whitened over tokens

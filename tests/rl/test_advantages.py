@@ -52,7 +52,7 @@ def test_the_cases_are_stored_and_differ():
     same = {frozenset(b for b in found if np.allclose(found[a], found[b], rtol=1e-4)) for a in found}
     # Those that differ by how large eps is, or in what a single rollout means, or in what is done with them later.
     expected = (
-        {"trl_grpo"}, {"trl_grpo_batch"}, {"trl_rloo_normalized"}, {"verl_opo"}, {"verl_gpg"},
+        {"trl_grpo"}, {"trl_grpo_batch"}, {"trl_rloo_normalized"}, {"verl_opo"}, {"verl_gpg"}, {"verl_grpo_passk"},
         {"trl_rloo", "verl_rloo", "openrlhf_rloo"},
         {"verl_grpo", "openrlhf_group_norm", "tunix_grpo"},
         {"dr_grpo", "verl_dr_grpo", "verl_reinforce_plus_plus_baseline", "openrlhf_reinforce_baseline",
@@ -149,10 +149,11 @@ def test_the_best_of_k_by_its_sum_over_sets():
     np.testing.assert_allclose(found, 5 / len(sets) * np.array(sums), atol=1e-12)
     # The best of all is verl's lead of the best, n times; those that are left out are as if they were not there.
     whole = rl.pass_at_k_advantages(scores[:3], np.zeros(3, int), 3)
-    np.testing.assert_allclose(whole, 3 * rl.best_advantages(scores[:3], np.zeros(3, int), scaled=False))
+    lead = Estimator("second", "none")
+    np.testing.assert_allclose(whole, 3 * advantages(scores[:3], np.zeros(3, int), lead))
     gaps = np.array([0.2, np.nan, 1.0, -0.3])
     np.testing.assert_allclose(rl.pass_at_k_advantages(gaps, np.zeros(4, int), 3)[[0, 2, 3]], whole[[0, 1, 2]])
-    assert rl.best_advantages(gaps, np.zeros(4, int), scaled=False).tolist() == [0.0, 0.0, 0.8, 0.0]
+    assert advantages(gaps, np.zeros(4, int), lead).tolist() == [0.0, 0.0, 0.8, 0.0]
     assert not rl.pass_at_k_advantages([1.0, np.nan, 0.0], [0, 0, 0], 3).any()
 
 
@@ -226,7 +227,7 @@ def test_costs_are_the_losses_estimates(estimator):
         (lambda: advantages([1.0, 2.0], [0, 0], ESTIMATORS["verl_opo"]), "reads lengths"),
         (lambda: advantages([1.0, 2.0], [0, 0], ESTIMATORS["verl_remax"]), "reads given"),
         (lambda: advantages([1.0, 2.0], [0], ESTIMATORS["reinforce"]), "one of each for every rollout"),
-        (lambda: rl.best_advantages([1.0], [0]), "at least 2"),
+        (lambda: advantages([1.0], [0], ESTIMATORS["verl_grpo_passk"]), "single rollout"),
         (lambda: rl.pass_at_k_advantages([1.0, 2.0], [0, 0], 3), "at least 3"),
         (lambda: rl.pass_at_k_advantages([1.0, 2.0], [0, 0], 1), "k is 1"),
         (lambda: rl.decoupled_advantages([[1.0, 2.0]], [1.0, 1.0], [0, 0]), "one weight a row"),

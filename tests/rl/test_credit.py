@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,14 @@ def test_what_was_cut_off_or_not_judged_is_left_out():
     credit = rl.outcome_credit(rl.ESTIMATORS["dr_grpo"], learn_truncated=False)
     found = credit(FOUR, scores([1.0, np.nan, 2.0, 5.0]), read)
     assert found.left_out == [False, True, True, False] and found.advantages == [0.0] * 4
+
+
+def test_the_best_of_a_group_alone():
+    best = rl.outcome_credit(rl.ESTIMATORS["verl_grpo_passk"])(FOUR, scores([1.0, 0.25, 2.0, 2.0]), read)
+    np.testing.assert_allclose(best.advantages, [0.75 / (np.std([1, 0.25], ddof=1) + 1e-6), 0, 0, 0])
+    of_two = rl.outcome_credit(functools.partial(rl.pass_at_k_advantages, k=2), learn_truncated=False)
+    found = of_two(FOUR, scores([1.0, 0.25, 2.0, 0.0]), read)  # the third was cut off, so that the fourth has no other
+    assert found.advantages == [1.5, 0.0, 0.0, 0.0] and found.left_out == [False, False, True, False]
 
 
 def test_costs_of_whole_rollouts():
