@@ -27,7 +27,8 @@ def run(config: GrpoConfig, options: command_line.Options) -> int:
     def credit(config: GrpoConfig, reference: rl.Reading) -> tuple[Any, dict[str, Any]]:
         if config.process:
             return rl.process_credit(learn_truncated=config.learn_truncated), {}
-        return rl.outcome_credit(estimator, learn_truncated=config.learn_truncated), {}
+        whitened = rl.WHITENED.get(config.estimator, False)
+        return rl.outcome_credit(estimator, whitened=whitened, learn_truncated=config.learn_truncated), {}
 
     likeliest = getattr(estimator, "baseline", "") == "given" and not config.process
     return reinforcement.run(config, options, reinforcement.Method(objective, credit, likeliest=likeliest), "grpo")

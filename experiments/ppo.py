@@ -27,12 +27,7 @@ def run(config: PpoConfig, options: command_line.Options) -> int:
     values = rl.Reading("values", _critic if apart else None)
 
     def credit(config: PpoConfig, reference: rl.Reading) -> tuple[Any, dict[str, Any]]:
-        kl, parts = None, {}
-        if config.reward_kl:
-            coefficient: Any = config.reward_kl
-            if config.target_kl:
-                coefficient = parts["kl"] = rl.AdaptiveKL(config.reward_kl, config.target_kl)
-            kl = rl.KLReward(reference, coefficient)
+        kl, parts = reinforcement.reward_kl(config, reference)
         given = rl.critic_credit(
             values, gamma=config.gamma, lam=config.lam, kl=kl, position=config.position,
             whiten_rewards=config.whiten_rewards, learn_truncated=config.learn_truncated,

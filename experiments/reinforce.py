@@ -2,7 +2,8 @@
 
     python -m experiments.reinforce --model runs/mine --data.path prompts.jsonl --rewards "exact_number()"
 
-As `experiments.grpo`, but that what was said becomes likelier by its advantage alone, without a clip.
+As `experiments.grpo`, but that what was said becomes likelier by its advantage alone, without a clip. With
+--baseline none --whitened --reward-kl 0.01 it is REINFORCE++.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ def run(config: ReinforceConfig, options: command_line.Options) -> int:
         running = rl.RunningMean() if config.baseline == "running" else None
         own: Any = "given" if config.baseline in ("running", "greedy") else config.baseline
         estimator = rl.Estimator(own, "none")
+        kl, parts = reinforcement.reward_kl(config, reference)
         given = rl.outcome_credit(
-            estimator, running=running, whitened=config.whitened, learn_truncated=config.learn_truncated
-        )
-        return given, {} if running is None else {"baseline": running}
+            estimator, kl=kl, gamma=config.gamma, running=running, whitened=config.whitened,
+            learn_truncated=config.learn_truncated,
+        )  # fmt: skip
+        return given, parts if running is None else parts | {"baseline": running}
 
     method = reinforcement.Method(objective, credit, likeliest=config.baseline == "greedy")
     return reinforcement.run(config, options, method, "reinforce")

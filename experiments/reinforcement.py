@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import lmjax as lm
 from experiments import finetuning
 from experiments.answers import compare
-from experiments.reinforcement_config import ReinforcementConfig
+from experiments.reinforcement_config import ReinforcementConfig, TokenRewardConfig
 from experiments.rewards import open_rewards
 from experiments.support import OpenedModel, use_compilation_cache
 from lmjax import command_line, rl
@@ -176,6 +176,16 @@ def run(config: ReinforcementConfig, options: command_line.Options, method: Meth
             scores = "".join(f" {name}={after[0][name]:.4f}" for name in ("reward", "accuracy") if name in after[0])
             print(f"run_dir={folder} step={result.step}{scores}", flush=True)
     return 0
+
+
+def reward_kl(config: TokenRewardConfig, reference: rl.Reading) -> tuple[Any, dict[str, Any]]:
+    """The cost of the KL in the reward, or None, and what of it has a state."""
+    if not config.reward_kl:
+        return None, {}
+    if not config.target_kl:
+        return rl.KLReward(reference, config.reward_kl), {}
+    follows = rl.AdaptiveKL(config.reward_kl, config.target_kl)
+    return rl.KLReward(reference, follows), {"kl": follows}
 
 
 def _plan(config: ReinforcementConfig, data: Any, model: OpenedModel, method: Method) -> rl.Plan:

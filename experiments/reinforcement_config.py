@@ -94,14 +94,36 @@ class GrpoConfig(ReinforcementConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class ReinforceConfig(ReinforcementConfig):
+class TokenRewardConfig(ReinforcementConfig):
+    """Rewards of tokens: a KL at each, the score at the end.
+
+    Attributes:
+      gamma: discount of a token.
+      reward_kl: coefficient of the KL to the model before training, token by token in the reward; 0: none.
+      target_kl: nats a rollout that reward_kl is steered to; 0: it stays as it is.
+    """
+
+    gamma: float = 1.0
+    reward_kl: float = 0.0
+    target_kl: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.gamma <= 1:
+            raise UserError(f"gamma is {self.gamma}; give a number from 0 to 1")
+        if self.reward_kl < 0 or self.target_kl < 0 or (self.target_kl and not self.reward_kl):
+            raise UserError("reward_kl and target_kl must not be negative, and a target needs a reward_kl")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReinforceConfig(TokenRewardConfig):
     """REINFORCE: the log-probability of what was said, by how much better than a baseline it was.
 
     Attributes:
       objective: of the policy.
       baseline: none; batch or group: the mean of either; leave_one_out: of the others of its group (RLOO); optimal: of
         its group by length (OPO); running: a mean that follows the scores; greedy: the score of the likeliest answer to
-        the prompt (ReMax), which is rolled out besides.
+        the prompt (ReMax), which is rolled out besides. It is taken off the score alone, without the KL.
       whitened: divide advantages by their spread over the batch (REINFORCE++).
     """
 
@@ -124,15 +146,13 @@ def _compared(plan: Plan) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class PpoConfig(ReinforcementConfig):
+class PpoConfig(TokenRewardConfig):
     """PPO: a critic says what was to be expected, token by token.
 
     Attributes:
       objective: of the policy and the critic.
       critic: head: a second head of the policy; model: a copy of it with a head, which learns beside it.
-      gamma, lam: discount, and lambda of GAE.
-      reward_kl: coefficient of the KL to the model before training, token by token in the reward; 0: none.
-      target_kl: nats a rollout that reward_kl is steered to; 0: it stays as it is.
+      lam: lambda of GAE.
       position: where a score is placed: at the last token, or one behind it (after_eos, as in the N+ implementation).
       whiten_rewards: whiten rewards, keeping their mean.
     """
@@ -140,16 +160,11 @@ class PpoConfig(ReinforcementConfig):
     objective: str = "ppo(0.2) + 0.1 * value_loss(0.2)"
     critic: Literal["head", "model"] = "head"
     rollout: Plan = Plan(prompts=64, samples=1, max_new_tokens=64, max_prompt=0, epochs=2, minibatches=2)
-    gamma: float = 1.0
     lam: float = 0.95
-    reward_kl: float = 0.0
-    target_kl: float = 0.0
     position: Literal["last", "after_eos"] = "last"
     whiten_rewards: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.gamma <= 1 or not 0 <= self.lam <= 1:
-            raise UserError(f"gamma is {self.gamma} and lam {self.lam}; give numbers from 0 to 1")
-        if self.reward_kl < 0 or self.target_kl < 0 or (self.target_kl and not self.reward_kl):
-            raise UserError("reward_kl and target_kl must not be negative, and a target needs a reward_kl")
+        if not 0 <= self.lam <= 1:
+            raise UserError(f"lam is {self.lam}; give a number from 0 to 1")

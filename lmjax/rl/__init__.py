@@ -10,7 +10,7 @@ __getattr__, __dir__, __all__ = attach(
     ),
     names={
         "advantages": [
-            "ESTIMATORS", "Estimator", "decoupled_advantages", "pass_at_k_advantages", "process_advantages",
+            "ESTIMATORS", "Estimator", "WHITENED", "decoupled_advantages", "pass_at_k_advantages", "process_advantages",
         ],
         "controllers": ["AdaptiveEntropy", "AdaptiveKL", "RunningMean"],
         "credit": ["KLReward", "critic_credit", "outcome_credit", "process_credit"],

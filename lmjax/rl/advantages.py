@@ -63,7 +63,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "trl_rloo_normalized": Estimator("leave_one_out", "whiten", 1e-4, 1),
     # Liu et al., arXiv:2503.20783: neither the group's deviation nor the length divides.
     "dr_grpo": Estimator("group", "none"),
-    # verl 0.9, verl/trainer/ppo/core_algos.py. "..._baseline" is whitened over tokens afterwards.
+    # verl 0.9, verl/trainer/ppo/core_algos.py.
     "verl_grpo": Estimator("group", "group", 1e-6, 1, "score"),
     "verl_dr_grpo": Estimator("group", "none", alone="score"),
     "verl_rloo": Estimator("leave_one_out", "none", alone="score"),
@@ -71,9 +71,9 @@ ESTIMATORS: dict[str, Estimator] = {
     "verl_opo": Estimator("optimal", "none", alone="score"),
     "verl_gpg": Estimator("group", "nonzero", 0.0, alone="score"),
     "verl_grpo_passk": Estimator("second", "group", 1e-6, 1),
+    "verl_reinforce_plus_plus": Estimator("none", "none"),
     "verl_reinforce_plus_plus_baseline": Estimator("group", "none", alone="score"),
-    # OpenRLHF 0.11.2, openrlhf/trainer/ppo_utils/experience_maker.py. It whitens "reinforce" and "..._baseline" over
-    # tokens afterwards, with `returns.whiten(..., ddof=0, eps=0, least=1e-8)`.
+    # OpenRLHF 0.11.2, openrlhf/trainer/ppo_utils/experience_maker.py.
     "openrlhf_reinforce": Estimator("none", "none"),
     "openrlhf_reinforce_baseline": Estimator("group", "none"),
     "openrlhf_dr_grpo": Estimator("group", "none"),
@@ -87,7 +87,17 @@ ESTIMATORS: dict[str, Estimator] = {
     "reinforce_batch": Estimator("batch", "none"),
     "reinforce_given": Estimator("given", "none"),
 }
-"""Known choices by name. verl's "reinforce_plus_plus" is `returns.rewards_to_go` and then `returns.whiten`."""
+"""Known choices by name."""
+
+_BIASED = {"ddof": 0, "eps": 0.0, "least": 1e-8}
+WHITENED: dict[str, dict[str, Any]] = {
+    "verl_reinforce_plus_plus": {},
+    "verl_reinforce_plus_plus_baseline": {},
+    "openrlhf_reinforce": _BIASED,
+    "openrlhf_reinforce_baseline": _BIASED,
+}
+"""Those of them that their libraries whiten over the tokens of the batch afterwards, and the options of
+`returns.whiten` that they do it with."""
 
 
 def advantages(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -46,27 +46,33 @@ def outcome_credit(
     largest: float | None = None,
     learn_truncated: bool = True,
     decoupled: bool = False,
-    whitened: bool = False,
+    gamma: float | None = None,
+    whitened: bool | Mapping[str, Any] = False,
     running: RunningMean | None = None,
     entropy: AdaptiveEntropy | None = None,
 ) -> GiveCredit:
-    """One advantage for all tokens of a rollout: REINFORCE, RLOO, GRPO and relatives.
+    """An advantage of each rollout for its tokens: REINFORCE, RLOO, GRPO and relatives.
 
     Args:
       estimator: of the advantages; the baseline "given" is the running mean, or without one the score of the likeliest
         answer (`with_likeliest`); a rollout whose likeliest answer could not be judged is left out. Or a function of
         scores and groups, such as `pass_at_k_advantages` with its k.
-      kl: a cost in the reward, summed over the rollout (TRL's RLOO).
+      kl: a cost in the reward, summed over the rollout, before the baseline (TRL's RLOO); with gamma each token's own.
       largest: scores are held within +-largest.
       learn_truncated: False leaves rollouts out that came to the limit of their length.
       decoupled: each reward is standardised for itself (`decoupled_advantages`).
-      whitened: advantages are whitened over all tokens of the batch (REINFORCE++'s baseline form).
+      gamma: discount of a token. Its advantage is the sum of the rewards from it on: what the estimator gives, at the
+        rollout's last token, less each token's KL (REINFORCE++, arXiv:2501.03262, of verl and OpenRLHF). None: all
+        tokens have what the estimator gives.
+      whitened: advantages are whitened over all tokens of the batch (REINFORCE++); or options of `returns.whiten` that
+        this is done with (`WHITENED`).
       running: a running mean, for the baseline "given".
       entropy: sets the coefficient "entropy" of the batch, for `objectives.by_coefficient`.
     """
 
     def credit(rollouts: list[Rollout], scores: Scores, read: Read) -> Credit:
         total, metrics, fields = scores.total, scores.metrics(), {}
+        costs: list[Any] = [[] for _ in rollouts]
         groups = np.array([rollout.group for rollout in rollouts])
         out = np.isnan(total) | np.array([not (learn_truncated or rollout.ended) for rollout in rollouts])
         given = scores.given if running is None else np.full(len(total), running.mean)
@@ -79,7 +85,9 @@ def outcome_credit(
                 metrics["baseline/mean"] = float(known.mean())
         if kl is not None:
             costs, fields["reference_logprobs"] = _kl_of(rollouts, kl, read, metrics)
-            total = total - kl.now * np.array([cost.sum() for cost in costs])
+            costs = [kl.now * cost for cost in costs]
+            if gamma is None:
+                total = total - np.array([cost.sum() for cost in costs])
             _follow(kl, metrics, len(rollouts))
         total = np.where(out, np.nan, total)
         lengths = np.array([rollout.own.sum() for rollout in rollouts], float)
@@ -92,10 +100,15 @@ def outcome_credit(
         if running is not None and np.isfinite(total).any():
             running.update(float(np.nanmean(total)))
         tokens: list[Any] = [float(advantage) for advantage in found]
-        if whitened:
+        if gamma is not None or whitened is not False:
             own = returns.padded([rollout.own * (not o) for rollout, o in zip(rollouts, out)])
-            white = returns.whiten(own * found[:, None], own)
-            tokens = [row[: len(rollout.own)] for row, rollout in zip(white, rollouts)]
+            gains = own * found[:, None]
+            if gamma is not None:
+                rewards = returns.place_scores(found, [len(rollout.own) for rollout in rollouts], own.shape[1])
+                gains = returns.rewards_to_go(rewards - returns.padded(costs, own.shape[1]), own, gamma)
+            if whitened is not False:
+                gains = returns.whiten(gains, own, **({} if whitened is True else whitened))
+            tokens = [row[: len(rollout.own)] for row, rollout in zip(gains, rollouts)]
         metrics |= _about_groups(scores.total, groups, found, out)
         coefficients = {}
         if entropy is not None:

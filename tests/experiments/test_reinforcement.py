@@ -137,7 +137,8 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(whole, base, tmp_path):
     [
         (grpo, GrpoConfig, {"estimator": "pass_at_2"}),
         (reinforce, ReinforceConfig, {"baseline": "running", "whitened": True}),
-        (reinforce, ReinforceConfig, {"baseline": "leave_one_out"}),
+        (reinforce, ReinforceConfig, {"baseline": "leave_one_out", "whitened": True, "reward_kl": 0.05,
+                                      "target_kl": 1.0, "gamma": 0.98}),
         (reinforce, ReinforceConfig, {"baseline": "greedy", "slots": 8}),
         (ppo, PpoConfig, {"reward_kl": 0.05, "target_kl": 1.0, "position": "after_eos", "whiten_rewards": True}),
         (ppo, PpoConfig, {"critic": "model",

@@ -9,7 +9,7 @@ import numpy as np
 
 from lmjax import rl
 from lmjax.rl import returns
-from lmjax.rl.advantages import ESTIMATORS, advantages
+from lmjax.rl.advantages import ESTIMATORS, WHITENED, advantages
 
 FIXTURES = Path(__file__).with_name("estimators.npz")
 
@@ -80,7 +80,7 @@ def ours(case: str) -> dict[str, np.ndarray]:
         return {"advantages": returns.whiten((parts[0] + 0.5 * parts[1])[:, None] * a["mask"], a["mask"])}
     found = advantages(a["scores"], a["groups"], ESTIMATORS[name], lengths=a["lengths"], given=a["given"])
     if alone == "reinforce_plus_plus_baseline":
-        return {"advantages": returns.whiten(found[:, None] * a["mask"], a["mask"])}
+        return {"advantages": returns.whiten(found[:, None] * a["mask"], a["mask"], **WHITENED[name])}
     return {"advantages": found}
 
 
@@ -94,6 +94,6 @@ def _as_openrlhf(name: str, a: dict[str, Any]) -> dict[str, np.ndarray]:
         gains, wanted = returns.gae(rewards, a["values"], mask, gamma, 0.95)
     else:
         gains = wanted = returns.rewards_to_go(rewards, mask, gamma)
-    if name in ("openrlhf_gae", "openrlhf_reinforce", "openrlhf_reinforce_baseline"):
-        gains = returns.whiten(gains, mask, ddof=0, eps=0.0, least=1e-8)
+    if name == "openrlhf_gae" or name in WHITENED:
+        gains = returns.whiten(gains, mask, **WHITENED["openrlhf_reinforce"])
     return {"advantages": gains, "returns": wanted}

@@ -57,8 +57,8 @@ def test_the_cases_are_stored_and_differ():
         {"verl_grpo", "openrlhf_group_norm", "tunix_grpo"},
         {"dr_grpo", "verl_dr_grpo", "verl_reinforce_plus_plus_baseline", "openrlhf_reinforce_baseline",
          "openrlhf_dr_grpo"},
-        {"reinforce", "openrlhf_reinforce"}, {"reinforce_batch", "openrlhf_flash_reinforce"},
-        {"reinforce_given", "verl_remax"},
+        {"reinforce", "openrlhf_reinforce", "verl_reinforce_plus_plus"},
+        {"reinforce_batch", "openrlhf_flash_reinforce"}, {"reinforce_given", "verl_remax"},
     )  # fmt: skip
     assert same == {frozenset(names) for names in expected}
 

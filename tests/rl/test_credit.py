@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from lmjax import rl
 from lmjax.rl import returns
+from tests.rl.estimator_cases import CASES, FIXTURES, OPENRLHF_KL, arrays
 
 
 def said(group: int, tokens: int = 4, finish: str = "eos", own: Any = None) -> rl.Rollout:
@@ -62,6 +64,49 @@ def test_costs_of_whole_rollouts():
     assert found.metrics["objective/kl"] == pytest.approx(np.mean(costs))
     for given, kept in zip(REFERENCE, found.fields["reference_logprobs"]):
         assert np.array_equal(given, kept)
+
+
+def test_rewards_of_tokens_by_hand():
+    """REINFORCE++: the KL of each token, the score at the last, summed from each on, whitened over what is learned."""
+    kl, gamma = rl.KLReward(rl.Reading("logprobs"), 0.5), 0.9
+    rollouts = [said(0, own=[1, 0, 1, 1]), *FOUR[1:]]
+    credit = rl.outcome_credit(rl.Estimator("none", "none"), kl=kl, gamma=gamma, learn_truncated=False)
+    found = credit(rollouts, scores([1.0, -0.5, 2.0, 0.25]), read)
+    expected = []
+    for rollout, score in zip(rollouts, (1.0, -0.5, None, 0.25)):
+        rewards = [-0.5 * (logprob + 0.3) for logprob in rollout.logprobs[rollout.own]]
+        togo = np.zeros(len(rollout.tokens))
+        if score is not None:  # the third was cut off
+            rewards[-1] += score
+            togo[rollout.own] = [sum(gamma**k * r for k, r in enumerate(rewards[t:])) for t in range(len(rewards))]
+        expected.append(togo)
+    for own, other in zip(found.advantages, expected, strict=True):
+        np.testing.assert_allclose(own, other, rtol=1e-6, atol=1e-9)
+    white = rl.outcome_credit(
+        rl.Estimator("none", "none"), kl=kl, gamma=gamma, learn_truncated=False, whitened=True
+    )(rollouts, scores([1.0, -0.5, 2.0, 0.25]), read)  # fmt: skip
+    kept = np.concatenate([togo[rollout.own] for togo, rollout in zip(expected, rollouts) if rollout.ended])
+    together = np.concatenate([own[rollout.own] for own, rollout in zip(white.advantages, rollouts) if rollout.ended])
+    np.testing.assert_allclose(together, (kept - kept.mean()) / np.sqrt(kept.var(ddof=1) + 1e-8), rtol=1e-6)
+    # Without a KL or a discount it is the rollout's advantage, at each of its tokens.
+    plain = rl.outcome_credit(rl.ESTIMATORS["trl_rloo"], gamma=1.0)(FOUR, scores([1.0, 0.0, 2.0, 2.0]), read)
+    assert [row.tolist() for row in plain.advantages] == [[1.0] * 4, [-1.0] * 3, [0.0] * 4, [0.0] * 2]
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("openrlhf") and not name.endswith("gae")])
+def test_credit_gives_the_numbers_of_openrlhf(name):
+    """Baseline, KL of tokens, return and whitening, put together as the library does."""
+    a = arrays()
+    rollouts = [
+        dataclasses.replace(said(int(group), int(n)), logprobs=kl[:n])
+        for group, n, kl in zip(a["groups"], a["lengths"], a["kl"])
+    ]
+    kl = rl.KLReward(rl.Reading("logprobs"), OPENRLHF_KL)
+    gamma, whitened = 0.9 if name == "openrlhf_reinforce" else 1.0, rl.WHITENED.get(name, False)
+    credit = rl.outcome_credit(rl.ESTIMATORS[name], kl=kl, gamma=gamma, whitened=whitened)
+    found = credit(rollouts, scores(a["scores"].tolist()), lambda reading: [np.zeros(n) for n in a["lengths"]])
+    with np.load(FIXTURES) as stored:
+        np.testing.assert_allclose(returns.padded(found.advantages), stored[f"{name}/advantages"], rtol=1e-5, atol=1e-6)
 
 
 def test_a_controller_follows():
