@@ -20,8 +20,9 @@ class ReinforcementConfig(FinetuningConfig):
     Attributes:
       data: the prompts; other fields of their records are for rewards.
       rollout: how much is rolled out, and how often it is learned from. max_prompt 0: as long as the longest prompt.
-      rewards: each "name(options)" out of lmjax.rl.verifiers, or "file.py:function" of yours (rollout -> number), with
-        a weight in front if it is not 1: "exact_number(where='last')", "0.1 * ended()", "rewards.py:politeness".
+      rewards: each "name(options)" out of lmjax.rl.verifiers and penalties, or "file.py:function" of yours (rollout ->
+        number), with a weight in front if it is not 1: "exact_number(where='last')", "0.1 * ended()",
+        "rewards.py:politeness", "0.5 * overlong(64, buffer=16)", "without_end(exact_number(), 1.0)".
       reward_timeout: seconds that a function of yours may take for a rollout, in a process of its own; 0: it runs here.
       reference_kl: coefficient of the KL to the model before training, in the loss (k3, weighted); 0: none.
       entropy: coefficient of a bonus for the entropy of tokens; 0: none.

@@ -1,4 +1,4 @@
-"""Rewards as a config names them: verifiers of `lmjax.rl`, and functions out of files."""
+"""Rewards as a config names them: verifiers and penalties of `lmjax.rl`, and functions out of files."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ def open_rewards(texts: Sequence[str], timeout: float = 0.0) -> list[Any]:
     """The rewards that texts such as "0.5 * exact_number(field='answer')" or "rewards.py:function" name.
 
     Args:
-      texts: each a reward, with a weight and "*" in front if that is not 1.
+      texts: each a reward, with a weight and "*" in front if that is not 1. Penalties that look at a reward take one:
+        "without_end(exact_number(), 1.0)".
       timeout: seconds for functions of files, which then run in processes of their own; 0: they run here.
 
     Raises:
-      UserError: there is no such verifier or function, or it does not take these options.
+      UserError: there is no such verifier, penalty or function, or it does not take these options.
     """
     from lmjax.rl import Reward
 
@@ -34,7 +35,7 @@ def open_rewards(texts: Sequence[str], timeout: float = 0.0) -> list[Any]:
             apart = {"apart": True, "timeout": timeout} if timeout else {}
             reward = Reward(name, _function(Path(match.group(1)), name), weight, **apart)
         else:
-            name, function = _verifier(what)
+            name, function = _named(what)
             reward = Reward(name, function, weight)
         if name in (known := [other.name for other in found]):
             raise UserError(f"two rewards are called {name!r} ({', '.join(known)}); give each once")
@@ -69,29 +70,35 @@ def _function(path: Path, name: str) -> Any:
     return getattr(module, name)
 
 
-def _verifier(text: str) -> tuple[str, Any]:
-    from lmjax.rl import verifiers
-
-    makers = {
-        name: value
-        for name, value in vars(verifiers).items()
-        if callable(value) and getattr(value, "__annotations__", {}).get("return") == "Verifier"
-    }
+def _named(text: str) -> tuple[str, Any]:
     try:
         node = ast.parse(text, mode="eval").body
     except SyntaxError:
         node = None
+    function = _made(node, text)
+    return text.partition("(")[0].strip(), function
+
+
+def _made(node: ast.AST | None, text: str) -> Any:
+    """What a maker gives with the options of a call; those that are calls themselves are made first."""
+    from lmjax.rl import penalties, verifiers
+
+    makers = {
+        name: value
+        for name, value in (vars(verifiers) | vars(penalties)).items()
+        if callable(value) and getattr(value, "__annotations__", {}).get("return") in ("Verifier", "Penalty")
+    }
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
         raise UserError(f"the reward {text!r} is not understood; write name(options), or file.py:function")
     name = node.func.id
     if name not in makers:
         near = difflib.get_close_matches(name, makers, 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(makers)}"
-        raise UserError(f"there is no verifier {name!r}; {hint}")
+        raise UserError(f"there is no verifier or penalty {name!r}; {hint}")
+    value = lambda own: _made(own, text) if isinstance(own, ast.Call) else ast.literal_eval(own)
     try:
-        arguments = [ast.literal_eval(argument) for argument in node.args]
-        options = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in node.keywords}
-        return name, makers[name](*arguments, **options)
+        options = {str(keyword.arg): value(keyword.value) for keyword in node.keywords}
+        return makers[name](*map(value, node.args), **options)
     except (TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise

@@ -13,12 +13,11 @@ import numpy as np
 from lmjax.errors import UserError
 from lmjax.rl.rollouts import Rollout
 
+Penalty = Callable[[Rollout], Any]  # a number, None where it does not apply, or a promise of either
 MissingEnd = Literal["subtract", "replace"]
 
 
-def without_end(
-    function: Callable[[Rollout], Any], penalty: float, how: MissingEnd = "subtract"
-) -> Callable[[Rollout], Any]:
+def without_end(function: Callable[[Rollout], Any], penalty: float, how: MissingEnd = "subtract") -> Penalty:
     """A reward less a penalty where a rollout has no end ("subtract": TRL), or -penalty in its place ("replace": N+).
 
     Args:
@@ -31,7 +30,7 @@ def without_end(
     return functools.partial(_without_end, function, penalty, how)
 
 
-def overlong(limit: int, buffer: int, factor: float = 1.0) -> Callable[[Rollout], float]:
+def overlong(limit: int, buffer: int, factor: float = 1.0) -> Penalty:
     """DAPO's soft penalty (arXiv:2503.14476), in tokens: 0 up to limit - buffer, then down to -factor at the limit.
 
     >>> nothing = np.zeros(9, np.float32)
@@ -44,7 +43,7 @@ def overlong(limit: int, buffer: int, factor: float = 1.0) -> Callable[[Rollout]
     return functools.partial(_overlong, limit, buffer, factor)
 
 
-def repetition(length: int = 3, penalty: float = 1.0) -> Callable[[Rollout], float]:
+def repetition(length: int = 3, penalty: float = 1.0) -> Penalty:
     """A penalty for saying the same again: the share of n-grams of tokens that are repeats (arXiv:2502.03373, C.2).
 
     `-penalty (1 - different / all)`; 0 for a rollout that is shorter than one n-gram.
@@ -66,7 +65,7 @@ def cosine_length(
     limit: int,
     right: tuple[float, float] = RIGHT,
     wrong: tuple[float, float] = WRONG,
-) -> Callable[[Rollout], float | None]:
+) -> Penalty:
     """A verifier's verdict by length, along half a cosine: right ones better short, wrong ones better long.
 
     `b + (a - b) / 2 (1 + cos(pi min(n / limit, 1)))`, n the policy's tokens, (a, b) what a rollout is worth without

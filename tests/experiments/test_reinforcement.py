@@ -177,10 +177,27 @@ def test_rewards_by_name_and_by_file(base):
     assert apart.apart and apart.timeout == 5.0
 
 
+def test_penalties_by_name():
+    long, end, short, again = open_rewards(
+        ["0.5 * overlong(6, buffer=4)", "without_end(exact_number(where='last'), 1.0)",
+         "cosine_length(function=exact_number(), limit=8, right=(2, 1))", "repetition(length=1)"]
+    )  # fmt: skip
+    assert [long.name, end.name, short.name, again.name] == ["overlong", "without_end", "cosine_length", "repetition"]
+    right = said("it is 4", answer=4)
+    assert long.weight == 0.5 and long.function(right) == -0.5
+    assert end.function(right) == 1.0 and end.function(said("it is 4", finish="length", answer=4)) == 0.0
+    assert short.function(right) == pytest.approx(1.5) and again.function(right) == 0.0
+
+
 @pytest.mark.parametrize(
     ("texts", "sentence"),
     [
         (["exact_nmber()"], "did you mean exact_number"),
+        (["overlng(6, 4)"], "did you mean overlong"),
+        (["overlong(4, 6)"], "the buffer is 6"),
+        (["overlong()"], "does not work"),
+        (["without_end(exact_nmber(), 1.0)"], "did you mean exact_number"),
+        (["without_end(penalty, 1.0)"], "does not work"),
         (["exact_number(colour=1)"], "does not work"),
         (["exact_number"], "not understood"),
         (["nowhere.py:f"], "no file nowhere.py"),
