@@ -15,7 +15,7 @@ __getattr__, __dir__, __all__ = attach(
         "controllers": ["AdaptiveEntropy", "AdaptiveKL", "RunningMean"],
         "credit": ["KLReward", "critic_credit", "outcome_credit", "process_credit"],
         "diagnostics": ["diagnose"],
-        "environments": ["Environment", "play", "turn_rewards"],
+        "environments": ["Environment", "episode_metrics", "play", "turn_rewards"],
         "experience": ["Credit", "Experience", "Reading", "following"],
         "layout": ["Layout", "lay_out", "rollout_batch", "take_rows"],
         "penalties": ["cosine_length", "overlong", "repetition", "without_end"],

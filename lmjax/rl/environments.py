@@ -25,12 +25,13 @@ from lmjax.rl.rollouts import Rollout
 from lmjax.rl.verifiers import read_number, text_ends
 from lmjax.tokenizers.base import Tokenizer
 
-TURNS = "turn_rewards"  # in the record of an episode, as FAILURE is
+TURNS, CALLS = "turn_rewards", "tool_calls"  # in the record of an episode, as FAILURE is
 LOOK = 16  # tokens from one look for stop strings to the next
 
 
 class Environment(Protocol):
-    """The other side of an episode."""
+    """The other side of an episode. One that is a tool may count in `calls` and `failures` how often it was called, and
+    how often in vain (`episode_metrics`)."""
 
     def reset(self, record: Mapping[str, Any], seed: int) -> str:
         """Begins an episode about a prompt's record; what it says first, behind the prompt, or nothing."""
@@ -209,6 +210,9 @@ def _rollout(episode: _Episode, version: int) -> Rollout:
     # What the environment said last is of no use to a policy that says nothing more.
     last = max((i for i, own in enumerate(episode.own) if own), default=-1) + 1
     record = dict(episode.prompt.record) | {TURNS: episode.rewards}
+    calls, failures = (getattr(episode.environment, name, None) for name in ("calls", "failures"))
+    if isinstance(calls, int) and isinstance(failures, int):
+        record[CALLS] = [calls, failures]
     if episode.failure:
         record[FAILURE] = episode.failure
     return Rollout(
@@ -232,6 +236,31 @@ def turn_rewards(rollout: Rollout) -> list[tuple[int, float]]:
     if FAILURE in rollout.record:
         raise RuntimeError(str(rollout.record[FAILURE]))
     return [(int(end), float(reward)) for end, reward in rollout.record[TURNS]]
+
+
+def episode_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """What came of episodes, by the names of verl and TRL; nothing where there are none.
+
+    Returns:
+      "num_turns/mean", "/min" and "/max" of the turns that environments took; "environment/failed_ratio", the share of
+      episodes whose environment raised; and of tools "tools/call_frequency", calls of an episode, and
+      "tools/failure_frequency", the share of calls in vain.
+    """
+    episodes = [rollout for rollout in rollouts if TURNS in rollout.record]
+    if not episodes:
+        return {}
+    turns = [len(rollout.record[TURNS]) for rollout in episodes]
+    found = {
+        "num_turns/mean": float(np.mean(turns)),
+        "num_turns/min": float(min(turns)),
+        "num_turns/max": float(max(turns)),
+        "environment/failed_ratio": float(np.mean([rollout.finish == FAILED for rollout in episodes])),
+    }
+    counted = [rollout.record[CALLS] for rollout in episodes if CALLS in rollout.record]
+    if counted:
+        calls, failures = np.sum(counted, axis=0).tolist()
+        found |= {"tools/call_frequency": calls / len(counted), "tools/failure_frequency": failures / max(calls, 1)}
+    return found
 
 
 class GuessNumber:
@@ -274,10 +303,12 @@ class Calculator:
         self.answer = read_number(record["answer"])
         if self.answer is None:
             raise ValueError(f"the answer {record['answer']!r} is no number")
+        self.calls = self.failures = 0
         return ""
 
     def step(self, text: str) -> tuple[str, float, bool]:
         if "<<" in text and ">>" in text:
             value = evaluate(text.partition("<<")[2].partition(">>")[0])
+            self.calls, self.failures = self.calls + 1, self.failures + (value is None)
             return ("error" if value is None else str(value)), 0.0, False
         return "", float(read_number(text) == self.answer), True

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from lmjax.batch import RolloutBatch
 from lmjax.models.decoder import Variables
 from lmjax.policy import Policy, Request
+from lmjax.rl.environments import episode_metrics
 from lmjax.rl.layout import Layout, lay_out, rollout_batch, rounded, take_rows
 from lmjax.rl.plan import Plan
 from lmjax.rl.prompts import Prompts
@@ -204,7 +205,7 @@ class Experience(Iterator[RolloutBatch]):
             name: np.full(plan.rows, value, np.float32) for name, value in credit.coefficients.items()
         }
         batch = dataclasses.replace(batch, advantages=layout.place(credit.advantages), **fields)
-        self.metrics = self._about(rollouts) | iteration.metrics | credit.metrics
+        self.metrics = self._about(rollouts) | episode_metrics(rollouts) | iteration.metrics | credit.metrics
         if self._report is not None:
             self._report(iteration.number, rollouts, scores, credit)
         size = plan.rows // plan.minibatches

@@ -44,9 +44,9 @@ def prompt(text: str, **record: Any) -> Prompt:
     return Prompt(TOKENIZER.encode(text), text, record)
 
 
-def play(prompts: list[Prompt], **options: Any) -> list[rl.Rollout]:
+def play(prompts: list[Prompt], make: Any = Scripted, **options: Any) -> list[rl.Rollout]:
     options = {"samples": 1, "turns": 4, "max_new_tokens": 16, "max_turn_tokens": 8, "ends": EOS} | options
-    return rl.play(COUNTING, TABLE, TOKENIZER, prompts, Scripted, jax.random.key(0), **options)
+    return rl.play(COUNTING, TABLE, TOKENIZER, prompts, make, jax.random.key(0), **options)
 
 
 def letters(rollout: rl.Rollout) -> str:
@@ -98,6 +98,9 @@ def test_environments_that_break_are_counted_and_the_others_go_on():
     rollouts = play(prompts)
     assert [rollout.finish for rollout in rollouts] == ["failed", "done", *["failed"] * 4, "done"]
     assert letters(rollouts[1]) == "bcdef.Bcdef." and letters(rollouts[2]) == ""
+    metrics = rl.episode_metrics(rollouts)
+    assert metrics["environment/failed_ratio"] == 5 / 7 and metrics["num_turns/max"] == 2
+    assert metrics["num_turns/min"] == 0 and "tools/call_frequency" not in metrics
     with rl.Judge([rl.Reward("game", rl.turn_rewards)]) as judge:
         scores = judge(rollouts)()
     assert np.isnan(scores.total).tolist() == [True, False, *[True] * 5] and scores.total[1] == 1.5
@@ -154,6 +157,26 @@ def test_the_calculator_refuses_what_is_no_arithmetic():
     assert tool.step("<<9**9**9>>") == tool.step("<<os>>") == ("error", 0.0, False)
     assert tool.step("3.5") == ("", 1.0, True)
     assert tool.step("4") == tool.step("") == ("", 0.0, True)
+    assert (tool.calls, tool.failures) == (3, 2)
+
+
+def test_calls_of_tools_are_counted():
+    class Tool(Scripted):
+        calls = failures = 0
+
+        def step(self, text: str) -> tuple[Any, Any, bool]:
+            said, reward, done = super().step(text)
+            self.calls, self.failures = self.calls + (not done), self.failures + (said == "e")
+            return said, reward, done
+
+    lines = [[("b", 0, False), ("e", 0, False), ("", 1, True)], [("", 0, True)], [("e", 0, False), ("", 0, True)]]
+    prompts = [prompt("a", lines=own) for own in lines]
+    found = rl.episode_metrics(play(prompts, make=Tool, max_new_tokens=24))
+    assert found == {
+        "num_turns/mean": 2.0, "num_turns/min": 1.0, "num_turns/max": 3.0, "environment/failed_ratio": 0.0,
+        "tools/call_frequency": 1.0, "tools/failure_frequency": 2 / 3,
+    }  # fmt: skip
+    assert rl.episode_metrics([]) == {}
 
 
 @pytest.mark.parametrize(
@@ -186,4 +209,4 @@ def test_episodes_become_experience():
         experience.follow(RANDOM.init(jax.random.key(0)), 0)
         batch = next(experience)
     assert 0 < batch.mask.sum() < np.asarray(batch.segments > 1).sum()
-    assert experience.metrics["reward"] == 1.0
+    assert experience.metrics["reward"] == 1.0 and experience.metrics["num_turns/mean"] == 2.0
