@@ -285,9 +285,9 @@ def lmjax_side(name: str, folder: str) -> tuple[Callable[[int], float], dict[str
 
 def dpo(cached: bool) -> Any:
     """The objective, and where its reference comes from."""
-    from lmjax.objectives import LogRatio, preferences
+    from lmjax.objectives import preferences, with_cached_reference
 
-    return preferences.dpo(BETA, ratio=LogRatio(reference="cached" if cached else "reference"))
+    return with_cached_reference(preferences.dpo(BETA)) if cached else preferences.dpo(BETA)
 
 
 # Without a clock ----------------------------------------------------------------------------------

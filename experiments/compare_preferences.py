@@ -44,16 +44,16 @@ class Method(NamedTuple):
 def methods() -> dict[str, Method]:
     """Every method of `preferences` by name. References are cached where pairs are there beforehand."""
     terms = lm.objectives
-    cached = lm.objectives.LogRatio(reference="cached")
+    cached = lm.objectives.with_cached_reference
     betas = (1.0, 0.3, 0.1)
     return {
-        "dpo": Method(lambda b: terms.dpo(b, ratio=cached), betas, "pairs"),
-        "cdpo": Method(lambda b: terms.dpo(b, label_smoothing=0.1, ratio=cached), betas, "pairs"),
-        "robust_dpo": Method(lambda b: terms.robust_dpo(b, label_smoothing=0.1, ratio=cached), betas, "pairs"),
-        "ipo": Method(lambda b: terms.ipo(b, ratio=cached), (0.3, 0.1, 0.03), "pairs"),
+        "dpo": Method(lambda b: cached(terms.dpo(b)), betas, "pairs"),
+        "cdpo": Method(lambda b: cached(terms.dpo(b, label_smoothing=0.1)), betas, "pairs"),
+        "robust_dpo": Method(lambda b: cached(terms.robust_dpo(b, label_smoothing=0.1)), betas, "pairs"),
+        "ipo": Method(lambda b: cached(terms.ipo(b)), (0.3, 0.1, 0.03), "pairs"),
         "simpo": Method(lambda b: terms.simpo(b, gamma=0.3 * b), (10.0, 5.0, 2.0), "pairs"),
-        "apo_zero": Method(lambda b: terms.apo_zero(b, ratio=cached), betas, "pairs"),
-        "kto": Method(lambda b: terms.kto(b, ratio=cached), betas, "answers"),
+        "apo_zero": Method(lambda b: cached(terms.apo_zero(b)), betas, "pairs"),
+        "kto": Method(lambda b: cached(terms.kto(b)), betas, "answers"),
         "online_dpo": Method(lambda b: terms.dpo(b), betas, "own_pairs"),
         "best_of_n": Method(lambda n: terms.cross_entropy(), (2, 4, 16), "own_best"),
     }
@@ -297,11 +297,11 @@ def pluralistic(config: ComparePreferencesConfig, ask: Ask, language: Callable[[
     """GDPO, what is left of it without its preferences, and DPO on pairs of two kinds."""
     from experiments import pluralistic_tasks as tasks
 
-    cached, options = lm.objectives.LogRatio(reference="cached"), tasks.BELIEFS
-    dpo = lambda beta: lm.objectives.dpo(beta, ratio=cached)
+    cached, options = lm.objectives.with_cached_reference, tasks.BELIEFS
+    dpo = lambda beta: cached(lm.objectives.dpo(beta))
     betas = config.population_betas
     ways: dict[str, tuple[Callable[[float], Any], Any, tuple[float, ...]]] = {
-        "gdpo": (lambda beta: lm.objectives.gdpo(options, beta, ratio=cached), tasks.belief_rows, betas),
+        "gdpo": (lambda beta: cached(lm.objectives.gdpo(options, beta)), tasks.belief_rows, betas),
         "gdpo_beliefs_only": (lambda _: lm.objectives.gdpo(options, preference=0.0), tasks.belief_rows, (0.0,)),
         "dpo_opposed_beliefs": (dpo, tasks.opposed_rows, betas),
         "dpo_same_belief": (dpo, tasks.same_belief_rows, betas),

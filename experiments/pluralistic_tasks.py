@@ -151,6 +151,4 @@ def measured(language: Language, variables: Any, seed: int, held_out: BeliefBatc
     }
 
 
-_MEASURES = lm.objectives.belief_kl(options=BELIEFS) + lm.objectives.dpo(
-    ratio=lm.objectives.LogRatio(reference="cached")
-)
+_MEASURES = lm.objectives.belief_kl(options=BELIEFS) + lm.objectives.with_cached_reference(lm.objectives.dpo())

@@ -17,15 +17,13 @@ from lmjax.objectives.algebra import Objective, Term
 from lmjax.objectives.reducers import Reducer, token_mean
 from lmjax.policy import Outputs
 
-CACHED = "cached"
-
 
 @dataclasses.dataclass(frozen=True)
 class LogRatio:
     """How `log pi(y|x) - log ref(y|x)` is taken of an answer.
 
     Attributes:
-      reference: the role of the reference; "cached" reads `batch.reference_logprobs`; None leaves it out.
+      reference: the role of the reference; None leaves it out. See `with_cached_reference` for one that need not run.
       mean: divide by the answer's number of tokens (SimPO, Tulu 3's normalised DPO).
       divergence, alpha: what it is put through (`losses.preferences.divergence_score`).
       excess: weight of the tokens behind the length of the pair's shorter answer (LD-DPO, arXiv:2409.06411).
@@ -41,7 +39,7 @@ class LogRatio:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        return () if self.reference in (None, CACHED) else (str(self.reference),)
+        return () if self.reference is None else (self.reference,)
 
 
 TO_REFERENCE = LogRatio()
@@ -108,22 +106,17 @@ def log_ratios(outputs: Outputs, batch: PairBatch, reference: Outputs | None, ho
     """The log-probabilities of the answers under policy and reference, and their log-ratios.
 
     Raises:
-      UserError: the batch has no pairs, or no cached log-probabilities that are asked for.
+      UserError: the batch has no pairs.
     """
     if not isinstance(batch, PairBatch):
         raise UserError("terms over preferences need pairs; make their batches with lmjax.data.pair_batch.")
     if batch.answers != 2:
         raise UserError(f"terms over pairs take two answers, this batch has {batch.answers}; use plackett_luce.")
-    if how.reference == CACHED and batch.reference_logprobs is None:
-        raise UserError("the batch holds no reference log-probabilities; compute them first, or name a role.")
     mask = batch.mask.astype(jnp.float32)
     lengths = per_answer(mask, batch)
     if how.excess != 1.0:
         mask = mask * jnp.where(_beyond_shorter(batch, lengths), how.excess, 1.0)
-    if how.reference is None:
-        other = jnp.zeros_like(outputs.logprobs)
-    else:
-        other = batch.reference_logprobs if reference is None else reference.logprobs
+    other = jnp.zeros_like(outputs.logprobs) if reference is None else reference.logprobs
     policy, base = (per_answer(jnp.where(mask != 0, x, 0.0) * mask, batch) for x in (outputs.logprobs, other))
 
     def score(pi: jax.Array, ref: jax.Array, length: jax.Array) -> jax.Array:

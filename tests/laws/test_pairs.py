@@ -51,7 +51,7 @@ PAIR_TERMS: dict[str, Case] = {
     "dpo_alpha": Case(lambda: P.dpo(ratio=LogRatio(divergence="alpha"))),
     "dpo_excess": Case(lambda: P.dpo(ratio=LogRatio(excess=0.3))),
     "dpo_weighted": Case(lambda: P.dpo(ratio=LogRatio(weighted=True))),
-    "dpo_cached": Case(lambda: P.dpo(ratio=LogRatio(reference="cached"))),
+    "dpo_cached": Case(lambda: lm.objectives.with_cached_reference(P.dpo())),
     "robust_dpo": Case(lambda: P.robust_dpo()),
     "hinge": Case(lambda: P.hinge()),
     "ipo": Case(lambda: P.ipo()),
@@ -218,7 +218,7 @@ def test_one_forward_a_role_and_one_pass_over_the_vocabulary():
     # Policy: logits, again, d hidden, d weight; the reference: its logits.
     mixed = P.dpo() + 0.2 * P.bco() + P.chosen_nll() + lm.objectives.kl("reference", estimator="k3")
     assert count(P.dpo()) == (2, 5) and count(mixed) == (2, 5)
-    assert count(P.simpo() + P.dpo(ratio=LogRatio(reference="cached"))) == (1, 4)
+    assert count(P.simpo() + lm.objectives.with_cached_reference(P.dpo())) == (1, 4)
     assert count(reward_models.bradley_terry()) == (1, 0)
 
 

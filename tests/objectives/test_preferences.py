@@ -11,7 +11,7 @@ import pytest
 from lmjax.batch import PairBatch
 from lmjax.errors import UserError
 from lmjax.objectives import preferences as T
-from lmjax.objectives.pairs import LogRatio
+from lmjax.objectives.pairs import LogRatio, with_cached_reference
 from tests.losses.test_preferences import LENGTHS, POLICY, REFERENCE
 
 PROMPT = 2
@@ -99,7 +99,7 @@ def test_values_of_the_reference(case, layout):
 
 
 def test_cached_log_probabilities_stand_for_the_role():
-    objective = T.dpo(ratio=LogRatio(reference="cached"))
+    objective = with_cached_reference(T.dpo())
     assert objective.roles == () and T.dpo().roles == ("reference",)
     batch, policy, _ = _batch("packed", cached=True)
     assert _value(objective, batch, policy, None) == pytest.approx(0.697943, rel=1e-5)
