@@ -7,7 +7,14 @@ import platform
 import sys
 
 VARIABLE = "GLIBC_TUNABLES"
-KEEP = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=2000000000"
+KEEP = ":".join(
+    (
+        "glibc.malloc.hugetlb=1",
+        "glibc.malloc.mmap_max=0",
+        "glibc.malloc.trim_threshold=1000000000000",
+        "glibc.malloc.arena_max=1",  # threads' own arenas unmap what they free, whatever the threshold
+    )
+)
 
 
 def keep_freed_memory() -> None:

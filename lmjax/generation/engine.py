@@ -22,7 +22,8 @@ from lmjax.generation.decoding import Model, Prompts, forward, next_logits, pref
 from lmjax.generation.processors import History, Processor, apply, guide
 from lmjax.generation.sampling import draw, likeliest, logprob, row_uniforms
 from lmjax.models.decoder import Variables
-from lmjax.modules.cache import CacheSpec, put, take_rows
+from lmjax.modules.adapted import CONSTANT
+from lmjax.modules.cache import CacheSpec, DenseCache, put, take_rows
 from lmjax.sharding.context import constrain, tracing_for
 
 FINISH = ("length", "eos", "stop", "dead end")  # why a row ended, by its number
@@ -101,7 +102,7 @@ def _within(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if mesh is None else tracing_for(mesh)
 
 
-@functools.partial(jax.jit, static_argnames=("N", "spec", "chunk", "samples", "guided", "mesh"))
+@functools.partial(jax.jit, static_argnames=("N", "room", "spec", "chunk", "samples", "shared", "guided", "mesh"))
 def start(
     model: Model,
     prompts: Prompts,
@@ -109,12 +110,14 @@ def start(
     prefix: Any,
     *,
     N: int,
+    room: int,
     spec: CacheSpec,
     chunk: int | None,
     samples: int,
+    shared: bool,
     guided: bool,
     mesh: Mesh | None,
-) -> State:
+) -> tuple[State, Variables | None]:
     """Reads the prompts but for their last tokens, and makes `samples` rows of each.
 
     Args:
@@ -122,21 +125,30 @@ def start(
       prompts: padded on the left; with `guided`, those that guidance leans away from behind the others.
       keys_B: a random key a row.
       prefix: see `sampler.begin`.
-      N: room for new tokens.
+      N: new tokens at the most.
+      room: how many of them the cache has room for (see `widen`).
       spec, chunk, mesh: see `sampler.begin`.
       samples: rows of each prompt.
+      shared: keep the keys and values of each prompt once for all its rows, beside their cache.
       guided: whether there is classifier-free guidance.
+
+    Returns:
+      The state, and with `shared` the prompts as a "prefix" collection for the model that goes on.
     """
     with _within(mesh):
         tokens_BP, segments_BP, positions_BP = (constrain(x, ("batch", None)) for x in prompts[:3])
         rows, P = tokens_BP.shape
         before = 0 if prefix is None else jax.tree.leaves(prefix)[0].shape[1]
-        cache = model.policy.init_cache(rows, before + P + N, spec)
+        cache = model.policy.init_cache(rows, before + P + (0 if shared else room), spec)
         if prefix is not None:
             cache = with_prefix(cache, prefix)
         rest = Prompts(tokens_BP, segments_BP.at[:, -1].set(0), positions_BP + before, prompts.lengths)
         cache = prefill(model, cache, rest, chunk)[1]
-        cache = take_rows(cache, jnp.repeat(jnp.arange(rows), samples)) if samples > 1 else cache
+        read = as_prefix(cache) if shared else None
+        if shared:
+            cache = model.policy.init_cache(rows * samples, room, spec)
+        elif samples > 1:
+            cache = take_rows(cache, jnp.repeat(jnp.arange(rows), samples))
         index_BP = jnp.arange(P) + P - prompts.lengths[:, None]
         packed_BP = jnp.take_along_axis(tokens_BP, jnp.minimum(index_BP, P - 1), axis=1)
         prompts_B = rows // 2 if guided else rows
@@ -144,7 +156,34 @@ def start(
         B = prompts_B * samples
         history = History(jnp.pad(own(packed_BP), ((0, 0), (0, N))), own(prompts.lengths), own(prompts.lengths))
         zeros = lambda: jnp.zeros((B, N), jnp.float32)
-        return State(keys_B, history, zeros(), zeros(), jnp.zeros((B,), bool), jnp.zeros((B,), jnp.int32), cache)
+        done_B, finish_B = jnp.zeros((B,), bool), jnp.zeros((B,), jnp.int32)
+        return State(keys_B, history, zeros(), zeros(), done_B, finish_B, cache), read
+
+
+@functools.partial(jax.jit, static_argnames=("more", "spec", "mesh"))
+def widen(model: Model, state: State, *, more: int, spec: CacheSpec, mesh: Mesh | None) -> State:
+    """The state with a cache that has room for so many more tokens of each row, where there still is some.
+
+    Token n of a row lies at a place that is a function of n alone until a ring is full, so that all stay where they are.
+    """
+    with _within(mesh):
+        rows, length = state.cache["segments"].shape
+        wide = model.policy.init_cache(rows, length + more, spec)
+        leaves = [
+            new.at[tuple(map(slice, old.shape))].set(old)
+            for old, new in zip(jax.tree.leaves(state.cache), jax.tree.leaves(wide), strict=True)
+        ]
+        return dataclasses.replace(state, cache=jax.tree.unflatten(jax.tree.structure(wide), leaves))
+
+
+def as_prefix(cache: Variables) -> Variables:
+    """What a dense cache holds, as a "prefix" collection: seen by all that comes behind, and written to no more."""
+    visible_BP = jnp.arange(cache["segments"].shape[1]) < cache["count"][:, None]
+    return {
+        name: {"attention": {"keys": layer.key, "values": layer.value, CONSTANT: {"visible": visible_BP}}}
+        for name, layer in cache.items()
+        if isinstance(layer, DenseCache)
+    }
 
 
 def with_prefix(cache: Variables, prefix: Any) -> Variables:

@@ -5,6 +5,7 @@ It runs the modules and arrays that train, so its log-probabilities are the trai
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Generator, Iterable, Sequence
 from typing import Any
@@ -17,12 +18,15 @@ from jax.sharding import Mesh
 from lmjax.errors import UserError
 from lmjax.generation import constraints as grammar
 from lmjax.generation.decoding import Model, check_prompts, pad_prompts, prepare
-from lmjax.generation.engine import FINISH, Generation, Rules, State, advance, collect, start, stop
+from lmjax.generation.engine import FINISH, Generation, Rules, State, advance, collect, start, stop, widen
 from lmjax.generation.processors import Processor, check, per_row
 from lmjax.models.adapted import chosen_rows
+from lmjax.models.config import DecoderConfig
 from lmjax.models.decoder import Variables
 from lmjax.modules.cache import CacheSpec, Dense
 from lmjax.policy import Policy
+
+SHARED_FROM = 32  # tokens of prompts from which sharing them among samples saves more than it costs
 
 __all__ = ["FINISH", "Generation", "begin", "generate", "stream"]
 
@@ -39,6 +43,7 @@ def generate(
     eos: int | Sequence[int] | None = None,
     samples: int = 1,
     constraints: Sequence[Any] | None = None,
+    grow: int | None = None,
     **options: Any,
 ) -> Generation:
     """Samples a continuation of each prompt.
@@ -56,6 +61,8 @@ def generate(
       eos: the id or ids that end a row; None: rows never end early.
       samples: continuations of each prompt, from one prefill: row `i * samples + j` is sample j of prompt i.
       constraints: what each row may say (`generation.constraints`), one a row; the host then answers at every token.
+      grow: the cache begins with room for so many new tokens and grows by as many whenever it is full, so that each
+        step reads little more than there is. Compiles once for each size. None: room for all from the beginning.
       options: those of `begin`.
 
     Raises:
@@ -78,10 +85,18 @@ def generate(
         processors=processors,
         eos=eos,
         samples=samples,
+        cache_room=None if constraints is not None else grow,
         **options,
     )
     mesh = options.get("mesh")
     if constraints is None:
+        spec, left = options.get("cache") or Dense(), state.logprobs.shape[1]
+        while grow is not None and left > grow:
+            state = advance(model, rules, state, grow, mesh=mesh)
+            if np.all(state.done):
+                return collect(state, rows)
+            left -= grow
+            state = widen(model, state, more=min(grow, left), spec=spec, mesh=mesh)
         return collect(advance(model, rules, state, mesh=mesh), rows)
     if len(constraints) != rows:
         raise UserError(f"there are {len(constraints)} constraints for {rows} rows; give each row one of its own.")
@@ -141,6 +156,7 @@ def begin(
     eos: int | Sequence[int] | None = None,
     samples: int = 1,
     room: int | None = None,
+    cache_room: int | None = None,
     guidance: Any = None,
     negative_prompts: Sequence[Any] | None = None,
     cache: CacheSpec | None = None,
@@ -153,6 +169,7 @@ def begin(
     Args:
       policy, variables, prompts, key, max_new_tokens, temperature, processors, eos, samples: as in `generate`.
       room: N of the buffers, so that any lengths up to it share one compilation; None: the largest `max_new_tokens`.
+      cache_room: tokens the cache has room for behind the prompts, at the least 1; None: N. See `engine.widen`.
       guidance: scale of classifier-free guidance (`processors.guide`), a number or one a prompt; doubles the work.
       negative_prompts: what guidance leans away from; None: the last token of each prompt alone.
       cache: the kind of key/value cache; `Dense()` if None.
@@ -186,6 +203,8 @@ def begin(
     elif negative is not None:
         raise UserError("negative_prompts are given without guidance; give a guidance scale, such as 1.5.")
     check_prompts(policy, rows, before + N)
+    if cache_room is not None and cache_room < 1:
+        raise UserError(f"the cache is to grow by {cache_room} tokens at a time; give at least 1.")
     if samples < 1:
         raise UserError(f"samples is {samples}; ask for at least 1.")
     if chunk is not None and (chunk < 1 or chunk & (chunk - 1)):
@@ -226,11 +245,26 @@ def begin(
     )
     model = prepare(policy, variables, rows=0 if mesh is not None else B * (1 if guidance is None else 2), by_row=True)
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
-    state = start(
-        model, pad_prompts(policy, rows, before + N), keys_B, prefix, N=N, spec=cache or Dense(), chunk=chunk,
-        samples=samples, guided=guidance is not None, mesh=mesh,
+    spec = cache or Dense()
+    padded = pad_prompts(policy, rows, before + N)
+    shared = (
+        samples > 1 and padded.tokens.shape[1] >= SHARED_FROM and mesh is None and guidance is None and prefix is None
+        and _keeps_prompts_apart(model, spec)
     )  # fmt: skip
+    state, read = start(
+        model, padded, keys_B, prefix, N=N, room=N if cache_room is None else min(cache_room, N), spec=spec,
+        chunk=chunk, samples=samples, shared=shared, guided=guidance is not None, mesh=mesh,
+    )  # fmt: skip
+    if read is not None:
+        model = dataclasses.replace(model, variables=model.variables | {"prefix": read})
     return model, rules, state, count * samples
+
+
+def _keeps_prompts_apart(model: Model, spec: CacheSpec) -> bool:
+    """Whether keys and values of prompts may stand beside the cache: all are seen, as they came, and nothing else is."""
+    config = model.policy.config
+    plain = isinstance(config, DecoderConfig) and not any(config.windowed(n) for n in range(config.num_layers))
+    return plain and isinstance(spec, Dense) and spec.dtype is None and "prefix" not in model.variables
 
 
 def _per_prompt(name: str, value: Any, kind: Any, rows: np.ndarray, samples: int) -> np.ndarray:

@@ -81,7 +81,10 @@ def _with_constant(prefix: Variables, source: Variables) -> Variables:
 
 
 def prefix_length(variables: Variables) -> tuple[int, Any]:
-    """P, and the position of the first token behind the prefix: P, or int32 [B, 1] where rows differ; 0 without."""
+    """P, and the position of the first token behind the prefix: P, or int32 [B, 1] where prefixes differ; 0 without.
+
+    There may be fewer prefixes than rows, each of as many rows that follow each other.
+    """
     prefix = variables.get("prefix")
     if not prefix:
         return 0, 0

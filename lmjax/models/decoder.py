@@ -199,7 +199,8 @@ class Decoder:
         cache = variables.get("cache")
         length, offset = adapted.prefix_length(variables)
         self._check_length(length + (tokens_BT.shape[1] if fork is None else sum(fork)))
-        positions_BT = positions_BT + offset
+        each = 1 if isinstance(offset, int) else positions_BT.shape[0] // offset.shape[0]
+        positions_BT = positions_BT + (offset if each == 1 else jnp.repeat(offset, each, axis=0))
         params = variables["params"]
         table_VD = constrain(params["embed"]["embedding"], ("vocab", None))
         x_BTD = jnp.take(table_VD, tokens_BT, axis=0)

@@ -140,7 +140,8 @@ def attend(
             # the barrier, behind which the softmax above is compiled as it is alone.
             before = soft(_grouped(part, prefix.keys.astype(part.dtype), "bgmk,gpk->bgmp"))
             if prefix.visible is not None:
-                before = jnp.where(prefix.visible[:, None, None, :], before, -jnp.inf)
+                visible = jnp.repeat(prefix.visible, B // len(prefix.visible), axis=0)
+                before = jnp.where(visible[:, None, None, :], before, -jnp.inf)
             own = jax.nn.logsumexp(jax.lax.optimization_barrier(scores), axis=-1, keepdims=True)
             share, weights = jnp.split(jax.nn.softmax(jnp.concatenate([own, before], axis=-1), axis=-1), [1], axis=-1)
             values = prefix.values.astype(value.dtype)
@@ -188,9 +189,12 @@ def _batched(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
 
 
 def _grouped(a: jax.Array, b: jax.Array, dimensions: str) -> jax.Array:
-    """A product with keys or values of a prefix, of all rows or of each; float32."""
+    """A product with keys or values of a prefix, of all rows, of each, or of each of several that follow each other."""
     if b.ndim == 4:
-        dimensions = dimensions.replace(",g", ",bg")
+        few, (B, G, M) = b.shape[0], a.shape[:3]
+        each = a.reshape(few, B // few, G, M, -1).swapaxes(1, 2).reshape(few, G, -1, a.shape[-1])
+        found = jnp.einsum(dimensions.replace(",g", ",bg"), each, b, preferred_element_type=jnp.float32)
+        return found.reshape(few, G, B // few, M, -1).swapaxes(1, 2).reshape(B, G, M, -1)
     return jnp.einsum(dimensions, a, b, preferred_element_type=jnp.float32)
 
 

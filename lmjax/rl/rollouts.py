@@ -18,6 +18,8 @@ from lmjax.models.decoder import Variables
 from lmjax.policy import Policy
 from lmjax.tokenizers.base import Tokenizer
 
+GROWS_FROM = 128  # new tokens from which the cache grows with what is said
+
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
@@ -98,6 +100,9 @@ def roll_out(
     ids = [prompt.ids for prompt in prompts]
     options |= {"samples": samples, "eos": eos, "max_new_tokens": max_new_tokens, "temperature": temperature}
     if slots is None:
+        # Quarters: most of what can be saved by reading no more than there is, for four programs.
+        if max_new_tokens >= GROWS_FROM:
+            options.setdefault("grow", -(-max_new_tokens // 4))
         found = jax.device_get(generate(policy, variables, ids, key, **options))
     else:
         found = generate_many(policy, variables, ids, key, slots=slots, max_prompt=max(map(len, ids)), **options)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import lmjax as lm
-from lmjax.generation import constraints, decoding, engine, sampling
+from lmjax.generation import constraints, decoding, engine, sampler, sampling
 from lmjax.generation.engine import FINISH
 from lmjax.generation.processors import (
     History,
@@ -24,7 +24,7 @@ from lmjax.generation.processors import (
     top_p,
 )
 from lmjax.generation.sampler import generate, stream
-from lmjax.modules.cache import Dense, Int8, Kivi
+from lmjax.modules.cache import Dense, Int8, Kivi, cache_bytes
 from tests.generation.test_sampler import PROMPTS, SHAPE, V, _model, _trainer
 
 KEY = jax.random.key(1)
@@ -68,6 +68,53 @@ def test_samples_share_a_prefill_and_are_those_of_repeated_prompts() -> None:
     apart = generate(policy, variables, [p for p in PROMPTS for _ in "ab"], KEY, max_new_tokens=N)
     same(shared, apart)
     assert np.any(np.asarray(shared.tokens[0]) != np.asarray(shared.tokens[1]))
+
+
+@pytest.mark.parametrize("name", ["unrolled", "scanned", "learned"])
+def test_long_prompts_are_kept_once_for_their_samples(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, variables = _model(name)
+    kept = []
+    inner = sampler.start
+
+    def start(*arguments, **options):
+        state, read = inner(*arguments, **options)
+        kept.append((read is not None, cache_bytes(state.cache)))
+        return state, read
+
+    monkeypatch.setattr(sampler, "start", start)
+    shared = generate(policy, variables, PROMPTS, KEY, max_new_tokens=N, samples=3, grow=4)
+    apart = generate(policy, variables, [p for p in PROMPTS for _ in range(3)], KEY, max_new_tokens=N)
+    same(shared, apart)
+    expected, _ = _trainer(policy, variables, [p for p in PROMPTS for _ in range(3)], shared)
+    np.testing.assert_allclose(shared.logprobs, expected, atol=1e-5)
+    (once, few), (repeated, all_) = kept
+    assert once and not repeated and few < all_ / 4
+
+
+@pytest.mark.parametrize("cache", [Dense(), Int8(), Kivi(4, 8, 4)], ids=["dense", "int8", "kivi"])
+@pytest.mark.parametrize("name", ["unrolled", "windowed"])
+def test_a_cache_that_grows_holds_the_same(name: str, cache) -> None:
+    policy, variables = _model(name)
+    options = dict(max_new_tokens=[N, 3, N], cache=cache)
+    same(
+        generate(policy, variables, PROMPTS, KEY, grow=2, **options),
+        generate(policy, variables, PROMPTS, KEY, **options),
+    )
+
+
+def test_a_cache_stops_growing_when_all_rows_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, variables = _model("unrolled")
+    sizes = []
+    inner = sampler.widen
+
+    def widen(*arguments, **options):
+        found = inner(*arguments, **options)
+        sizes.append(found.cache["segments"].shape[1])
+        return found
+
+    monkeypatch.setattr(sampler, "widen", widen)
+    generate(policy, variables, PROMPTS, KEY, max_new_tokens=[2, 3, 3], room=9, grow=2)
+    assert sizes == [36]  # 32 for the prompts and 2, and once 2 more, of 9
 
 
 @pytest.mark.parametrize("name", [pytest.param("learned", marks=pytest.mark.slow), "windowed"])
@@ -271,6 +318,7 @@ def test_draws_at_the_ends_of_the_unit_interval_are_possible_tokens() -> None:
         (dict(temperature=float("nan")), "temperature is nan"),
         (dict(eos=V), f"eos {V} is outside"),
         (dict(samples=0), "samples is 0"),
+        (dict(grow=0), "grow by 0 tokens"),
         (dict(chunk=12), "chunk is 12; take a power of two"),
         (dict(negative_prompts=[[1]] * 3), "without guidance"),
         (dict(guidance=2.0, negative_prompts=[[1]]), "1 negative prompts for 3 prompts"),
