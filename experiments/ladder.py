@@ -9,33 +9,27 @@ interrupted goes on where it stopped.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import lmjax as lm
 from experiments import arithmetic, dpo, grpo, pretrain, sft
 from experiments.adapter_config import AdapterConfig
 from experiments.dpo_config import DpoConfig
 from experiments.ladder_config import LadderConfig
-from experiments.pretrain_config import FROM_TOKENIZER, PretrainConfig
 from experiments.reinforcement_config import GrpoConfig
+from experiments.rungs import HELD_OUT, LAST, climb, judged_answers, open_climb, pretraining, share
 from experiments.sft_config import SftConfig
-from experiments.support import open_model, use_compilation_cache
+from experiments.support import use_compilation_cache
 from lmjax import command_line
 from lmjax.data.config import DataConfig
 from lmjax.data.preference_config import PreferenceConfig
 from lmjax.data.prompt_config import PromptConfig
 from lmjax.data.supervised_config import SupervisedConfig
-from lmjax.errors import UserError
-from lmjax.models.presets import small
 from lmjax.rl.plan import Plan
-from lmjax.tokenizers.config import TokenizerConfig
-from lmjax.training.config import CheckpointConfig, LoopConfig, OptimizerConfig, ScheduleConfig
+from lmjax.training.config import LoopConfig, OptimizerConfig, ScheduleConfig
 
 RUNGS = ("pretrain", "sft", "dpo", "grpo")
 NAMES = {"pretrain": "pretrained", "sft": "+ worked solutions", "dpo": "+ preferences", "grpo": "+ rewards (GRPO)"}
@@ -56,7 +50,7 @@ def make_data(config: LadderConfig, folder: Path) -> None:
     arithmetic.write_lines(folder / "sft.jsonl", ({"prompt": q.prompt, "completion": q.solution()} for q in solved))
     arithmetic.write_lines(folder / "dpo.jsonl", (arithmetic.preference(random, q) for q in paired))
     arithmetic.write_lines(folder / "grpo.jsonl", asked(rest))
-    arithmetic.write_lines(folder / "held_out.jsonl", asked(held_out))
+    arithmetic.write_lines(folder / HELD_OUT, asked(held_out))
 
 
 def rungs(config: LadderConfig, folder: Path) -> dict[str, tuple[Any, Any]]:
@@ -65,20 +59,10 @@ def rungs(config: LadderConfig, folder: Path) -> dict[str, tuple[Any, Any]]:
     few = dict(eval_every=0, log_every=5)
     whole = AdapterConfig(kind="full")
     adam = OptimizerConfig(weight_decay=0.0, b2=0.99)
-    last = CheckpointConfig(every=0, keep_best=0)
     return {
-        "pretrain": (pretrain, PretrainConfig(
-            model=small(FROM_TOKENIZER, num_layers=2, num_heads=4, embed_dim=128, max_length=128),
-            data=DataConfig(
-                kind="jsonl", path=str(data / "text.jsonl"), sequence_length=64, validation_fraction=0.02,
-                tokenizer=TokenizerConfig(kind="byte", eos="<|endoftext|>"), seed=config.seed,
-            ),
-            optimizer=OptimizerConfig(kind="muon", weight_decay=0.05),
-            schedule=ScheduleConfig(
-                kind="wsd", peak=6e-3, warmup_steps=min(20, config.pretrain_steps // 5), cooldown_fraction=0.5,
-            ),
-            loop=LoopConfig(steps=config.pretrain_steps, eval_every=0, log_every=10),
-            checkpoint=last, batch_size=32, sample_prompt="7+5=", sample_tokens=60, seed=config.seed,
+        "pretrain": (pretrain, pretraining(
+            data / "text.jsonl", steps=config.pretrain_steps, rows=32, length=64, positions=128,
+            sample="7+5=", sample_tokens=60, seed=config.seed,
         )),
         "sft": (sft, SftConfig(
             model=below("pretrain"),
@@ -87,7 +71,7 @@ def rungs(config: LadderConfig, folder: Path) -> dict[str, tuple[Any, Any]]:
             ),
             adapter=whole, optimizer=adam,
             schedule=ScheduleConfig(peak=2e-3, warmup_steps=min(5, config.sft_steps // 5)),
-            loop=LoopConfig(steps=config.sft_steps, **few), checkpoint=last, batch_size=8, sample_tokens=40,
+            loop=LoopConfig(steps=config.sft_steps, **few), checkpoint=LAST, batch_size=8, sample_tokens=40,
             seed=config.seed,
         )),
         "dpo": (dpo, DpoConfig(
@@ -96,19 +80,19 @@ def rungs(config: LadderConfig, folder: Path) -> dict[str, tuple[Any, Any]]:
             objective="dpo(beta=1.0) + chosen_nll()",
             adapter=whole, optimizer=adam,
             schedule=ScheduleConfig(peak=5e-5, warmup_steps=min(5, config.dpo_steps // 5)),
-            loop=LoopConfig(steps=config.dpo_steps, **few), checkpoint=last, batch_size=16, sample_tokens=40,
+            loop=LoopConfig(steps=config.dpo_steps, **few), checkpoint=LAST, batch_size=16, sample_tokens=40,
             seed=config.seed,
         )),
         "grpo": (grpo, GrpoConfig(
             model=below("dpo"),
             data=PromptConfig(
-                path=str(data / "grpo.jsonl"), template="none", validation_path=str(data / "held_out.jsonl"),
+                path=str(data / "grpo.jsonl"), template="none", validation_path=str(data / HELD_OUT),
             ),
             rewards=(arithmetic.REWARD,),
             objective="dapo()",
             rollout=Plan(prompts=32, samples=8, max_new_tokens=32, max_prompt=0, temperature=0.7),
             adapter=whole, optimizer=adam, schedule=ScheduleConfig(kind="constant", peak=3e-4, warmup_steps=20),
-            loop=LoopConfig(steps=config.grpo_steps, eval_every=20, log_every=1, prefetch=0), checkpoint=last,
+            loop=LoopConfig(steps=config.grpo_steps, eval_every=20, log_every=1, prefetch=0), checkpoint=LAST,
             evaluations=config.held_out, seed=config.seed,
         )),
     }  # fmt: skip
@@ -116,56 +100,20 @@ def rungs(config: LadderConfig, folder: Path) -> dict[str, tuple[Any, Any]]:
 
 def accuracy(folder: Path, rung: str) -> dict[str, Any]:
     """How many held-out questions a rung answers, and what it says to three of them."""
-    import jax
-
-    from experiments.rewards import open_rewards
-    from lmjax import rl
-
-    model = open_model(str(folder / rung))
-    template = lm.data.open_template("none", model.tokenizer, model.tokenizer_path)
-    prompts = lm.data.load_prompts(
-        PromptConfig(path=str(folder / "data" / "held_out.jsonl"), template="none", validation_fraction=0.0),
-        model.tokenizer, template=template,
-    ).train  # fmt: skip
-    said = rl.roll_out(
-        model.policy, model.variables, prompts, jax.random.key(0), samples=1, max_new_tokens=32,
-        eos=model.tokenizer.eos, temperature=0.0, tokenizer=model.tokenizer,
-    )  # fmt: skip
-    (reward,) = open_rewards([arithmetic.REWARD])
-    right = [reward.function(rollout) for rollout in said]
-    low, high = lm.evaluation.wilson(int(sum(right)), len(right))
-    return {
-        "accuracy": sum(right) / len(right), "low": low, "high": high,
-        "samples": [rollout.prompt_text + rollout.text for rollout in said[:3]],
-    }  # fmt: skip
+    said, right = judged_answers(folder, rung, arithmetic.REWARD, 32)
+    found = share(right) | {"samples": [rollout.prompt_text + rollout.text for rollout in said[:3]]}
+    print(f"after {rung}: {found['accuracy']:.1%} of {len(said)} held-out questions", flush=True)
+    return found
 
 
 def run(config: LadderConfig, options: command_line.Options) -> int:
     """Climbs; the last line printed has the accuracy after each rung."""
     started = time.monotonic()
     use_compilation_cache(DataConfig().cache_root())
-    folder = Path(options.run_dir or Path("runs") / f"ladder-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-    said = folder / "config.json"
-    if said.exists() and said.read_text() != text:
-        raise UserError(f"{folder} holds a ladder with other settings; choose another --run-dir")
-    if not said.exists():
-        make_data(config, folder / "data")
-        said.write_text(text)
-    results = folder / "ladder.json"
-    found: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}
-    for rung, (experiment, own) in rungs(config, folder).items():
-        if rung in found:
-            continue
-        print(f"\n== {rung}", flush=True)
-        began = time.monotonic()
-        status = experiment.run(own, command_line.Options(run_dir=str(folder / rung)))
-        if status:
-            return int(status)
-        found[rung] = accuracy(folder, rung) | {"seconds": round(time.monotonic() - began, 1)}
-        results.write_text(json.dumps(found, indent=2) + "\n")
-        print(f"after {rung}: {found[rung]['accuracy']:.1%} of {config.held_out} held-out questions", flush=True)
+    folder = open_climb(config, options, "ladder", make_data)
+    status, found = climb(rungs(config, folder), folder, "ladder", lambda rung: accuracy(folder, rung))
+    if status:
+        return status
     _show(found, folder)
     print(f"talk to it  python -m experiments.generate --model {folder / 'grpo'} --prompt $'Q: 7+8-9=?\\nA: ' "
           "--temperature 0")  # fmt: skip
