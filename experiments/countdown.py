@@ -1,4 +1,4 @@
-"""A small model learns by itself to win at Countdown: make a target out of two or three numbers, each used once.
+"""A small model learns by itself to play Countdown: make a target out of two or three numbers, each used once.
 
     python -m experiments.countdown
 
