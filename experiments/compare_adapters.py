@@ -12,24 +12,19 @@ that was interrupted goes on where it stopped. The table and the picture are mad
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import json
 import math
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lmjax as lm
 from experiments.compare_config import CompareConfig
+from experiments.trials import Trial, Trials, half, mean_and_half, new_figure, saved
 from lmjax import command_line
 from lmjax.data.config import DataConfig
 from lmjax.errors import UserError
-
-T_95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # by degrees of freedom, from 0
-
-Trial = dict[str, Any]
 
 
 def methods(policy: Any) -> dict[str, tuple[Any, float]]:
@@ -96,24 +91,15 @@ class Trainer:
         return found
 
 
-def trials_of(
-    task: Any, name: str, config: CompareConfig, known: Sequence[Trial], record: Callable[[Trial], None]
-) -> list[Trial]:
+def trials_of(task: Any, name: str, config: CompareConfig, book: Trials) -> list[Trial]:
     """All trials of a method on a task; those that are known already are not made again."""
     method, lowest = methods(task.policy)[name]
-    trainer: Trainer | None = None
+    trainer = functools.cache(lambda: Trainer(task, method))
     found: list[Trial] = []
 
     def trial(rate: float, seed: int) -> None:
-        nonlocal trainer
         label: Trial = {"task": task.name, "method": name, "rate": float(f"{rate:.4g}"), "seed": seed}
-        done = next((old for old in known if all(old[key] == label[key] for key in label)), None)
-        if done is None:
-            trainer = trainer or Trainer(task, method)
-            began = time.monotonic()
-            done = label | trainer.run(rate, seed) | {"seconds": round(time.monotonic() - began, 2)}
-            record(done)
-        found.append(done)
+        found.append(book.ask(label, lambda: trainer().run(rate, seed), told=False))
 
     low, high = 0, config.rates - 1
     for power in range(config.rates):
@@ -158,9 +144,7 @@ def summary(trials: Sequence[Trial]) -> dict[str, Any]:
         "seconds": round(sum(t["seconds"] for t in trials), 1),
     }
     for name in ("loss", "accuracy"):
-        values = [t[f"held_out_{name}"] for t in chosen]
-        spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-        line |= {name: statistics.mean(values), f"{name}_interval": T_95[min(len(values), 10) - 1] * spread}
+        line[name], line[f"{name}_interval"] = mean_and_half([t[f"held_out_{name}"] for t in chosen])
     return line
 
 
@@ -191,25 +175,16 @@ def write_table(lines: Sequence[dict[str, Any]], folder: Path) -> None:
 
 def plot(lines: Sequence[dict[str, Any]], folder: Path) -> Path:
     """Held-out loss against trained parameters, a panel a task."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     tasks = list(dict.fromkeys(line["task"] for line in lines))
-    figure = Figure(figsize=(8 * len(tasks), 5.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+    figure, panels = new_figure(len(tasks), (8 * len(tasks), 5.5))
+    for axes, task in zip(panels, tasks, strict=True):
         for line in (line for line in lines if line["task"] == task):
-            interval = line["loss_interval"] if math.isfinite(line["loss_interval"]) else 0.0
-            axes.errorbar(line["trained"], line["loss"], yerr=interval, fmt="o", capsize=3, color="#2f6fb2")
-            axes.annotate(
-                line["method"], (line["trained"], line["loss"]), xytext=(6, 4), textcoords="offset points", fontsize=8
-            )
+            place = line["trained"], line["loss"]
+            axes.errorbar(*place, yerr=half(line, "loss"), fmt="o", capsize=3, color="#2f6fb2")
+            axes.annotate(line["method"], place, xytext=(6, 4), textcoords="offset points", fontsize=8)
         axes.set(xscale="log", xlabel="trained parameters", ylabel="held-out loss, nats a token", title=task)
-        axes.grid(color="#dddddd", linewidth=0.6)
         axes.margins(x=0.15)
-    path = folder / "quality.png"
-    figure.savefig(path, dpi=130)
-    return path
+    return saved(figure, folder / "quality.png")
 
 
 def run(config: CompareConfig, options: command_line.Options) -> None:
@@ -218,35 +193,22 @@ def run(config: CompareConfig, options: command_line.Options) -> None:
     from experiments.support import use_compilation_cache
 
     use_compilation_cache(DataConfig().cache_root())
-    folder = Path(options.run_dir or Path("runs") / f"compare-{time.strftime('%Y%m%d-%H%M%S')}")
-    folder.mkdir(parents=True, exist_ok=True)
-    said, trials_file = folder / "config.json", folder / "trials.jsonl"
-    text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-    if said.exists() and said.read_text() != text:
-        raise UserError(f"{folder} holds a comparison with other settings; choose another --run-dir")
-    said.write_text(text)
-    known = [json.loads(line) for line in trials_file.read_text().splitlines()] if trials_file.exists() else []
-    began, done, total = time.monotonic(), 0, len(config.tasks) * len(config.methods)
+    done, total = 0, len(config.tasks) * len(config.methods)
     lines = []
-    with trials_file.open("a") as file:
-
-        def record(trial: Trial) -> None:
-            file.write(json.dumps(trial) + "\n")
-            file.flush()
-
+    with Trials(options.run_dir, "compare", config) as book:
         for name in config.tasks:
             task = getattr(compare_tasks, name)(config, lambda text: print(text, flush=True))
             for method in config.methods:
-                lines.append(summary(trials_of(task, method, config, known, record)))
+                lines.append(summary(trials_of(task, method, config, book)))
                 done += 1
-                left = (time.monotonic() - began) / done * (total - done)
+                left = book.took / done * (total - done)
                 print(
                     f"{name} {method}: loss {lines[-1]['loss']:.4f}, accuracy {lines[-1]['accuracy']:.4f}, "
                     f"{lines[-1]['trained']:,} trained; {done}/{total}, left {left / 60:.1f} min",
                     flush=True,
                 )
-    write_table(lines, folder)
-    print(f"picture     {plot(lines, folder)}\nrun_dir={folder} took={time.monotonic() - began:.0f}s")
+        write_table(lines, book.folder)
+        print(f"picture     {plot(lines, book.folder)}\nrun_dir={book.folder} took={book.took:.0f}s")
 
 
 if __name__ == "__main__":

@@ -14,19 +14,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import lmjax as lm
+from experiments import trials
 from experiments.compare_preferences_config import ComparePreferencesConfig
+from experiments.trials import Trial
 from lmjax import command_line
 from lmjax.data.config import DataConfig
-from lmjax.errors import UserError
-
-Trial = dict[str, Any]
 
 
 class Method(NamedTuple):
@@ -337,42 +333,20 @@ def run(config: ComparePreferencesConfig, options: command_line.Options) -> None
     from experiments.support import use_compilation_cache
 
     use_compilation_cache(DataConfig().cache_root())
-    folder = Path(options.run_dir or Path("runs") / f"preferences-{time.strftime('%Y%m%d-%H%M%S')}")
-    folder.mkdir(parents=True, exist_ok=True)
-    said, trials_file = folder / "config.json", folder / "trials.jsonl"
-    text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-    if said.exists() and said.read_text() != text:
-        raise UserError(f"{folder} holds a comparison with other settings; choose another --run-dir")
-    said.write_text(text)
-    known = [json.loads(line) for line in trials_file.read_text().splitlines()] if trials_file.exists() else []
-    began = time.monotonic()
-    say = lambda text: print(f"{time.monotonic() - began:6.0f}s  {text}", flush=True)
-    language = functools.cache(lambda: preference_tasks.language(config, say))
-    starts = {name: language for name in ("preferences", "overoptimisation")}
-    starts["pluralistic"] = functools.cache(lambda: pluralistic_tasks.undecided(config, say))
     found: list[Trial] = []
-    with trials_file.open("a") as file:
-
-        def ask(label: Trial, make: Callable[[], Trial]) -> None:
-            trial = next((old for old in known if all(old[key] == label[key] for key in label)), None)
-            if trial is None:
-                start = time.monotonic()
-                trial = label | make()
-                trial["seconds"] = round(time.monotonic() - start, 2)
-                file.write(json.dumps(trial) + "\n")
-                file.flush()
-                numbers = "  ".join(f"{k} {v:.3f}" for k, v in trial.items() if isinstance(v, float) and k not in label)
-                say(f"{label['task']} {label['method']} {label['strength']:g} seed {label['seed']}: {numbers}")
-            found.append(trial)
-
+    with trials.Trials(options.run_dir, "preferences", config) as book:
+        language = functools.cache(lambda: preference_tasks.language(config, book.say))
+        starts = {name: language for name in ("preferences", "overoptimisation")}
+        starts["pluralistic"] = functools.cache(lambda: pluralistic_tasks.undecided(config, book.say))
+        ask: Ask = lambda label, make: found.append(book.ask(label, make))
         for name in config.tasks:
             EXPERIMENTS[name](config, ask, starts[name])
-    lines = preference_report.summary(found)
-    models = next((trial for trial in found if trial["method"] == "reward_model"), None)
-    preference_report.write_table(lines, models, folder)
-    for path in preference_report.pictures(lines, models, folder):
-        print(f"picture     {path}")
-    print(f"run_dir={folder} took={time.monotonic() - began:.0f}s")
+        lines = trials.summary([trial for trial in found if trial["method"] != "reward_model"])
+        models = next((trial for trial in found if trial["method"] == "reward_model"), None)
+        preference_report.write_table(lines, models, book.folder)
+        for path in preference_report.pictures(lines, models, book.folder):
+            print(f"picture     {path}")
+        print(f"run_dir={book.folder} took={book.took:.0f}s")
 
 
 if __name__ == "__main__":

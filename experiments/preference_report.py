@@ -1,42 +1,13 @@
-"""What `experiments.compare_preferences` makes of its trials: means over seeds, tables, pictures."""
+"""What `experiments.compare_preferences` makes of its trials: tables and pictures."""
 
 from __future__ import annotations
 
 import json
 import math
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from experiments.compare_adapters import T_95
-
-Trial = dict[str, Any]
-Line = dict[str, Any]
-
-
-def summary(trials: Sequence[Trial]) -> list[Line]:
-    """A line for each task, method and strength: the mean of each number over seeds, and half its 95 % interval.
-
-    >>> runs = [dict(task="t", method="m", strength=1.0, seed=s, reward=2.0 + s, seconds=1.0) for s in range(3)]
-    >>> [(line["reward"], round(line["reward_interval"], 3)) for line in summary(runs)]
-    [(3.0, 2.484)]
-    """
-    groups: dict[tuple[Any, ...], list[Trial]] = {}
-    for trial in trials:
-        if trial["method"] != "reward_model":
-            groups.setdefault((trial["task"], trial["method"], trial["strength"]), []).append(trial)
-    lines = []
-    for (task, method, strength), members in groups.items():
-        line: dict[str, Any] = {"task": task, "method": method, "strength": strength, "seeds": len(members)}
-        for name in members[0]:
-            if name in ("task", "method", "strength", "seed"):
-                continue
-            values = [trial[name] for trial in members]
-            spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-            line |= {name: statistics.mean(values), f"{name}_interval": T_95[min(len(values), 10) - 1] * spread}
-        lines.append(line)
-    return lines
+from experiments.trials import Line, Trial, cell, half, new_figure, points, saved
 
 
 def write_table(lines: Sequence[Line], models: Trial | None, folder: Path) -> None:
@@ -63,7 +34,7 @@ def write_table(lines: Sequence[Line], models: Trial | None, folder: Path) -> No
                 for name in ("method", "strength", *(columns[name] for name in shown)):
                     table.add_column(name, justify="left" if name == "method" else "right")
                 for line in own:
-                    cells = (f"{line[n]:.3f} ± {line[f'{n}_interval']:.3f}" for n in shown if n != "seconds")
+                    cells = (cell(line, n) for n in shown if n != "seconds")
                     strength = f"{line['strength']:g}" if line["strength"] else ""
                     table.add_row(line["method"], strength, *cells, f"{line['seconds']:.1f}")
                 console.print(table)
@@ -92,27 +63,27 @@ def pictures(lines: Sequence[Line], models: Trial | None, folder: Path) -> list[
 
 def frontier(lines: Sequence[Line], folder: Path) -> Path:
     """True reward against KL: a line a method, a point a strength."""
-    figure, (axes,) = _figure(1, (9, 6))
+    figure, (axes,) = new_figure(1, (9, 6))
     methods = [name for name in dict.fromkeys(line["method"] for line in lines) if name != "start"]
     start = next(line for line in lines if line["method"] == "start")
     axes.errorbar(
-        start["kl"], start["reward"], yerr=_half(start, "reward"), fmt="*", color="black", markersize=12, label="start"
+        start["kl"], start["reward"], yerr=half(start, "reward"), fmt="*", color="black", markersize=12, label="start"
     )
     for number, method in enumerate(methods):
         own = sorted((line for line in lines if line["method"] == method), key=lambda line: line["kl"])
-        _curve(axes, own, "reward", f"C{number}", method, "osD^vPX<>"[number % 9])
+        points(axes, own, "kl", "reward", color=f"C{number}", label=method, marker="osD^vPX<>"[number % 9])
     axes.set(xlabel="KL to the starting model, nats an answer", ylabel="true reward of fresh answers")
     axes.set_title("what is gained, and how far the policy went for it", loc="left")
     axes.legend(fontsize=8, ncols=2)
-    return _saved(figure, folder / "frontier.png")
+    return saved(figure, folder / "frontier.png")
 
 
 def overoptimisation(lines: Sequence[Line], folder: Path) -> Path:
     """The truth and the judge that is nearly right against KL."""
-    figure, (axes,) = _figure(1, (8, 5.5))
+    figure, (axes,) = new_figure(1, (8, 5.5))
     own = sorted(lines, key=lambda line: line["kl"])
-    _curve(axes, own, "proxy", "#c06020", "what the judge sees", "s")
-    _curve(axes, own, "reward", "#2f6fb2", "what is true", "o")
+    points(axes, own, "kl", "proxy", color="#c06020", label="what the judge sees", marker="s")
+    points(axes, own, "kl", "reward", color="#2f6fb2", label="what is true", marker="o")
     for line in own:
         name = f"β {line['strength']:g}" if line["strength"] else "start"
         axes.annotate(
@@ -121,28 +92,28 @@ def overoptimisation(lines: Sequence[Line], folder: Path) -> Path:
     axes.set(xlabel="KL to the starting model, nats an answer", ylabel="reward of fresh answers")
     axes.set_title("online DPO with a judge that is nearly right, as β falls", loc="left")
     axes.legend()
-    return _saved(figure, folder / "overoptimisation.png")
+    return saved(figure, folder / "overoptimisation.png")
 
 
 def beliefs(lines: Sequence[Line], folder: Path) -> Path:
     """Distance of the beliefs to the population's, and the worth of answers to those who hold them."""
-    figure, panels = _figure(2, (11, 4.5))
+    figure, panels = new_figure(2, (11, 4.5))
     names = [line["method"] + (f", β {line['strength']:g}" if line["strength"] else "") for line in lines]
     titles = ("Jensen-Shannon distance to the population's beliefs", "worth of fresh answers to who holds the belief")
     for axes, name, title in zip(panels, ("js_distance", "reward"), titles, strict=True):
         axes.barh(
-            names, [line[name] for line in lines], xerr=[_half(line, name) for line in lines], color="#7fa8d1",
+            names, [line[name] for line in lines], xerr=[half(line, name) for line in lines], color="#7fa8d1",
             ecolor="#333333", capsize=3,
         )  # fmt: skip
         axes.invert_yaxis()
         axes.set_title(title, loc="left", fontsize=10)
     panels[1].set_yticklabels([])
-    return _saved(figure, folder / "pluralistic.png")
+    return saved(figure, folder / "pluralistic.png")
 
 
 def calibration(models: Trial, folder: Path) -> Path:
     """How often an answer is better beside the probability that the reward models give it; and how many pairs."""
-    figure, (axes, counts) = _figure(2, (10, 4.5))
+    figure, (axes, counts) = new_figure(2, (10, 4.5))
     predicted, observed, number = models["predicted"], models["observed"], [n for n in models["counts"] if n]
     errors = [1.96 * math.sqrt(max(p * (1 - p), 1e-9) / n) for p, n in zip(observed, number, strict=True)]
     axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, label="as predicted")
@@ -155,38 +126,4 @@ def calibration(models: Trial, folder: Path) -> Path:
     counts.bar(middles, models["counts"], 0.9 * width, color="#7fa8d1")
     counts.set(xlabel="predicted probability", ylabel="held-out pairs", yscale="log")
     counts.set_title(f"accuracy {models['ensemble_accuracy']:.3f} on {models['pairs']:,} pairs", loc="left")
-    return _saved(figure, folder / "calibration.png")
-
-
-def _curve(axes: Any, lines: Sequence[Line], name: str, color: str, label: str, marker: str) -> None:
-    axes.errorbar(
-        [line["kl"] for line in lines],
-        [line[name] for line in lines],
-        xerr=[_half(line, "kl") for line in lines],
-        yerr=[_half(line, name) for line in lines],
-        color=color, label=label, marker=marker, markersize=5, capsize=2, linewidth=1.2, elinewidth=0.8,
-    )  # fmt: skip
-
-
-def _half(line: Line, name: str) -> float:
-    """Half the interval of a number; 0 of a single run."""
-    width = line[f"{name}_interval"]
-    return width if math.isfinite(width) else 0.0
-
-
-def _figure(panels: int, size: tuple[float, float]) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    found = figure.subplots(1, panels, squeeze=False)[0]
-    for axes in found:
-        axes.grid(color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
-    return figure, found
-
-
-def _saved(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=130)
-    return path
+    return saved(figure, folder / "calibration.png")

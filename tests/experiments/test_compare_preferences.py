@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import lmjax as lm
-from experiments import compare_preferences, pluralistic_tasks, preference_report, preference_tasks
+from experiments import compare_preferences, pluralistic_tasks, preference_tasks, trials
 from experiments.compare_preferences_config import METHODS, ComparePreferencesConfig
 from experiments.preference_tasks import ASK, ASKED, END, FIRST_BELIEF, FIRST_LETTER, LETTERS, Language
 from lmjax.batch import BeliefBatch
@@ -150,7 +150,7 @@ def test_believers_like_different_answers():
 
 def test_the_interval_is_students():
     runs = [dict(task="t", method="m", strength=1.0, seed=s, reward=v) for s, v in enumerate((1.0, 2.0, 6.0))]
-    (line,) = preference_report.summary(runs)
+    (line,) = trials.summary(runs)
     assert line["reward"] == 3.0 and line["reward_interval"] == pytest.approx(4.303 * math.sqrt(7 / 3), rel=1e-6)
 
 
