@@ -15,7 +15,6 @@ import lmjax as lm
 from experiments import reinforcement
 from experiments.reinforcement_config import PpoConfig
 from lmjax import command_line, rl
-from lmjax.policy import add_value_head
 
 
 def run(config: PpoConfig, options: command_line.Options) -> int:
@@ -37,6 +36,8 @@ def run(config: PpoConfig, options: command_line.Options) -> int:
     def with_critic(variables: Any) -> Any:
         import jax
         import jax.numpy as jnp
+
+        from lmjax.policy import add_value_head
 
         if not apart:
             return add_value_head(variables)
