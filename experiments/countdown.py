@@ -40,17 +40,18 @@ PROMPT = 32  # tokens of the longest game and its markers, and some more
 def make_data(config: CountdownConfig, folder: Path) -> None:
     """Writes what each rung reads; no held-out game is in any of it."""
     random = np.random.default_rng(config.seed)
-    held_out, rest = games.split(random, config.largest, config.held_out, config.two)
+    held_out, rest = games.split(random, config.largest, config.signs, config.held_out, config.two)
     told = games.draw(random, rest, config.documents, config.two)
     asked = games.draw(random, rest, config.games, config.two)
-    write_lines(folder / "text.jsonl", games.texts(random, told, config.largest, config.attempts))
+    attempt = lambda game: game.prompt + games.attempt(random, game, config.signs, config.attempts, config.careless)
+    write_lines(folder / "text.jsonl", ({"text": attempt(game)} for game in told))
     write_lines(folder / "grpo.jsonl", (game.record() for game in asked))
     write_lines(folder / HELD_OUT, (game.record() for game in held_out))
 
 
 def rungs(config: CountdownConfig, folder: Path) -> dict[str, tuple[Any, Any]]:
     """Of each rung its experiment and config."""
-    data = folder / "data"
+    data, updates = folder / "data", config.grpo_steps * config.minibatches
     return {
         "pretrain": (pretrain, pretraining(
             data / "text.jsonl", steps=config.pretrain_steps, rows=24, length=LENGTH,
@@ -62,16 +63,17 @@ def rungs(config: CountdownConfig, folder: Path) -> dict[str, tuple[Any, Any]]:
             data=PromptConfig(
                 path=str(data / "grpo.jsonl"), template="none", validation_path=str(data / HELD_OUT),
             ),
-            rewards=(games.REWARD,),
+            rewards=(games.TAUGHT,),
             objective="dapo()",
             rollout=Plan(
                 prompts=config.prompts, samples=config.samples, max_new_tokens=config.max_new_tokens, max_prompt=0,
-                per_row=2, temperature=config.temperature,
+                per_row=2, temperature=config.temperature, minibatches=config.minibatches,
             ),
             schedule=ScheduleConfig(
-                kind="constant", peak=config.learning_rate, warmup_steps=min(20, config.grpo_steps // 5),
+                kind="constant", peak=config.learning_rate, warmup_steps=min(20, updates // 5),
             ),
-            loop=LoopConfig(steps=config.grpo_steps, eval_every=20, log_every=1, prefetch=0), checkpoint=LAST,
+            loop=LoopConfig(steps=updates, eval_every=10 * config.minibatches, log_every=1, prefetch=0),
+            checkpoint=LAST,
             evaluations=config.held_out, seed=config.seed,
         )),
     }  # fmt: skip

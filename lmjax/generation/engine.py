@@ -164,7 +164,7 @@ def start(
 def widen(model: Model, state: State, *, more: int, spec: CacheSpec, mesh: Mesh | None) -> State:
     """The state with a cache that has room for so many more tokens of each row, where there still is some.
 
-    Token n of a row lies at a place that is a function of n alone until a ring is full, so that all stay where they are.
+    Where token n of a row lies is a function of n alone until a ring is full, so that all stay where they are.
     """
     with _within(mesh):
         rows, length = state.cache["segments"].shape

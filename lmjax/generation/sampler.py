@@ -261,7 +261,7 @@ def begin(
 
 
 def _keeps_prompts_apart(model: Model, spec: CacheSpec) -> bool:
-    """Whether keys and values of prompts may stand beside the cache: all are seen, as they came, and nothing else is."""
+    """Whether keys and values of prompts may stand beside the cache: all are seen, as they came, and no others."""
     config = model.policy.config
     plain = isinstance(config, DecoderConfig) and not any(config.windowed(n) for n in range(config.num_layers))
     return plain and isinstance(spec, Dense) and spec.dtype is None and "prefix" not in model.variables
