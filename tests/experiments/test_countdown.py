@@ -21,8 +21,8 @@ from lmjax.errors import UserError
 from tests.rl.test_rewards import said
 
 TINY = CountdownConfig(
-    largest=6, documents=200, pretrain_steps=2, games=60, prompts=8, samples=2, grpo_steps=2, minibatches=1, max_new_tokens=12,
-    held_out=20,
+    largest=6, documents=200, pretrain_steps=2, games=60, prompts=8, samples=2, grpo_steps=2, minibatches=1,
+    max_new_tokens=12, held_out=20,
 )  # fmt: skip
 (REWARD,) = open_rewards([games.REWARD])
 
