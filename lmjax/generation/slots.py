@@ -100,7 +100,7 @@ class Slots:
         self.model, self.key, self.mesh = model, key, mesh
         self.jobs = [IDLE] * count
         self._width, self._prefix = prompt + new, prefix
-        self._start = {"spec": spec, "chunk": chunk, "samples": 1, "guided": False, "mesh": mesh}
+        self._start = {"spec": spec, "chunk": chunk, "samples": 1, "shared": False, "guided": False, "mesh": mesh}
         before = 0 if prefix is None else jax.tree.leaves(prefix)[0].shape[1]
         self._state = _empty(model, key, B=count, N=new, S=self._width, before=before, spec=spec, mesh=mesh)
         self._rules: Rules
@@ -145,7 +145,8 @@ class Slots:
         self._places = {prompt.tobytes(): place for place, prompt in enumerate(rows)}
         self._read = None  # frees its memory before the next takes as much
         padded = pad_prompts(self.model.policy, rows + [IDLE.prompt] * (size - len(rows)), 1)
-        read = engine.start(self.model, padded, None, self._prefix, N=self._width - P, **self._start)
+        left = self._width - P
+        read, _ = engine.start(self.model, padded, None, self._prefix, N=left, room=left, **self._start)
         self._read = dataclasses.replace(read, logprobs=None, sampling_logprobs=None)  # as wide as this bucket leaves
 
     def _insert(self, ready: dict[int, tuple[int, Job]]) -> None:
