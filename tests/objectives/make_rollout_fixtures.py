@@ -148,8 +148,11 @@ def _parts_of_openrlhf() -> tuple[Any, ...]:
         package = types.ModuleType(name)
         package.__path__ = [f"{path}/models" for path in openrlhf.__path__]
         sys.modules[name] = package
-        sys.modules.setdefault("deepspeed", types.ModuleType("deepspeed"))
+    without = "deepspeed" not in sys.modules
+    sys.modules.setdefault("deepspeed", types.ModuleType("deepspeed"))
     loss, utils = importlib.import_module(f"{name}.loss"), importlib.import_module(f"{name}.utils")
+    if without:
+        del sys.modules["deepspeed"]  # others ask whether it is installed
     return loss.PolicyLoss, loss.ValueLoss, loss.aggregate_loss, utils.compute_approx_kl
 
 
