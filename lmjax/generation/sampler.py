@@ -86,6 +86,7 @@ def generate(
         eos=eos,
         samples=samples,
         cache_room=None if constraints is not None else grow,
+        share=True,
         **options,
     )
     mesh = options.get("mesh")
@@ -93,7 +94,7 @@ def generate(
         spec, left = options.get("cache") or Dense(), state.logprobs.shape[1]
         while grow is not None and left > grow:
             state = advance(model, rules, state, grow, mesh=mesh)
-            if np.all(state.done):
+            if bool(jnp.all(state.done)):
                 return collect(state, rows)
             left -= grow
             state = widen(model, state, more=min(grow, left), spec=spec, mesh=mesh)
@@ -130,7 +131,7 @@ def stream(
     """
     if every < 1:
         raise UserError(f"every is {every}; look after at least 1 token.")
-    model, rules, state, rows = begin(policy, variables, prompts, key, **options)
+    model, rules, state, rows = begin(policy, variables, prompts, key, share=True, **options)
     while True:
         state = advance(model, rules, state, every, mesh=options.get("mesh"))
         found = jax.device_get(collect(state, rows))
@@ -157,6 +158,7 @@ def begin(
     samples: int = 1,
     room: int | None = None,
     cache_room: int | None = None,
+    share: bool = False,
     guidance: Any = None,
     negative_prompts: Sequence[Any] | None = None,
     cache: CacheSpec | None = None,
@@ -170,6 +172,8 @@ def begin(
       policy, variables, prompts, key, max_new_tokens, temperature, processors, eos, samples: as in `generate`.
       room: N of the buffers, so that any lengths up to it share one compilation; None: the largest `max_new_tokens`.
       cache_room: tokens the cache has room for behind the prompts, at the least 1; None: N. See `engine.widen`.
+      share: keys and values of long prompts may be kept once for all samples, with the model that is returned and not
+        in the state: for callers that go on with both.
       guidance: scale of classifier-free guidance (`processors.guide`), a number or one a prompt; doubles the work.
       negative_prompts: what guidance leans away from; None: the last token of each prompt alone.
       cache: the kind of key/value cache; `Dense()` if None.
@@ -248,8 +252,8 @@ def begin(
     spec = cache or Dense()
     padded = pad_prompts(policy, rows, before + N)
     shared = (
-        samples > 1 and padded.tokens.shape[1] >= SHARED_FROM and mesh is None and guidance is None and prefix is None
-        and _keeps_prompts_apart(model, spec)
+        share and samples > 1 and padded.tokens.shape[1] >= SHARED_FROM
+        and mesh is None and guidance is None and prefix is None and _keeps_prompts_apart(model, spec)
     )  # fmt: skip
     state, read = start(
         model, padded, keys_B, prefix, N=N, room=N if cache_room is None else min(cache_room, N), spec=spec,
